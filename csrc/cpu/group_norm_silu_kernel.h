@@ -1,0 +1,72 @@
+// The loops of group_norm_silu, one table of them per instruction set and element type.
+#pragma once
+
+#include <stdint.h>
+
+namespace fastdistill {
+
+// Count, mean and sum of squared deviations; two of them combine exactly (Chan, Golub and LeVeque 1983).
+struct Moments {
+  double count, mean, m2;
+};
+
+// Per-channel constants of one sample: u - mean is taken as x - center, where u = x + add, and what float32 loses of
+// center = mean - add comes back through `shift`. So a mean of 100 with a deviation of 0.01 keeps its digits.
+struct ForwardConstants {
+  const float *center, *scale, *shift;  // z = (x - center) * scale + shift
+};
+
+struct BackwardConstants {
+  const float *center, *rstd, *offset;  // xhat = (x - center) * rstd + offset
+  const float *weight, *bias;           // z = xhat * weight + bias
+  const float *a, *b, *c;               // grad_x = a * dz - b - c * xhat   (a, b, c unused by the sums)
+};
+
+struct GroupNormSiluKernels {
+  // A block of rows x length elements of one group, rows apart by row_stride; add[r] or null. Exact two-pass moments.
+  Moments (*moments_rows)(const void* x, int64_t rows, int64_t length, int64_t row_stride, const float* add);
+  // y = silu(z) along `length` elements of channel c.
+  void (*forward_row)(const void* x, void* y, int64_t length, ForwardConstants k, int64_t c, bool silu);
+  // sums[0..2] += sum(dz), sum(dz * xhat), sum(xhat) along a row of channel c.
+  void (*backward_sums_row)(const void* x, const void* grad_y, int64_t grad_stride, int64_t length, BackwardConstants k,
+                            int64_t c, bool silu, double* sums);
+  void (*backward_row)(const void* x, const void* grad_y, int64_t grad_stride, void* grad_x, int64_t length,
+                       BackwardConstants k, int64_t c, bool silu);
+
+  // The same in channels last: `rows` pixels, row_stride apart, of C channels each.
+  // moments[g] of this block are overwritten; scratch holds 3 * C floats.
+  void (*moments_pixels)(const void* x, int64_t rows, int64_t row_stride, int64_t C, int64_t groups, const float* add,
+                         float* scratch, Moments* moments);
+  void (*forward_pixels)(const void* x, int64_t row_stride, void* y, int64_t rows, int64_t C, ForwardConstants k,
+                         bool silu);
+  // sums: (3, C), added to. Few enough rows for float32 accumulators.
+  void (*backward_sums_pixels)(const void* x, int64_t row_stride, const void* grad_y, int64_t grad_row_stride,
+                               int64_t grad_channel_stride, int64_t rows, int64_t C, BackwardConstants k, bool silu,
+                               double* sums);
+  void (*backward_pixels)(const void* x, int64_t row_stride, const void* grad_y, int64_t grad_row_stride,
+                          int64_t grad_channel_stride, void* grad_x, int64_t rows, int64_t C, BackwardConstants k,
+                          bool silu);
+};
+
+inline void combine(Moments& total, const Moments& part) {
+  const double count = total.count + part.count;
+  const double delta = part.mean - total.mean;
+  total.mean += delta * (part.count / count);
+  total.m2 += part.m2 + delta * delta * (total.count * part.count / count);
+  total.count = count;
+}
+
+enum class Element { Float32, Float16, BFloat16 };
+
+#define FASTDISTILL_DECLARE(isa)                                \
+  namespace isa {                                               \
+  const GroupNormSiluKernels& group_norm_silu_kernels(Element); \
+  }
+FASTDISTILL_DECLARE(baseline)
+#if defined(__x86_64__)
+FASTDISTILL_DECLARE(avx2)
+FASTDISTILL_DECLARE(avx512)
+#endif
+#undef FASTDISTILL_DECLARE
+
+}  // namespace fastdistill

@@ -1,0 +1,5 @@
+"""Drop-in modules over the fused ops."""
+
+from fastdistill.nn.group_norm_silu import GroupNormSiLU
+
+__all__ = ["GroupNormSiLU"]

@@ -1,0 +1,42 @@
+"""How a tensor (N, C, *spatial) lies in memory, read as (N, C, S). csrc/layout.h keeps the same rule."""
+
+from __future__ import annotations
+
+import torch
+
+
+def collapse_spatial(t: torch.Tensor) -> tuple[int, int] | None:
+    """(S, stride) of dimensions 2… walked as one; None where no single stride does it."""
+    size, stride = 1, 1
+    first = True
+    for length, step in zip(reversed(t.shape[2:]), reversed(t.stride()[2:])):
+        if length == 1:
+            continue
+        if first:
+            stride, first = step, False
+        elif step != stride * size:
+            return None
+        size *= length
+    return size, stride
+
+
+def layout_of(x: torch.Tensor) -> str | None:
+    """"contiguous" (a channel's S values side by side, then the next channel), "channels_last" (a pixel's C values side
+    by side) or None. Samples may be any distance apart that keeps them from overlapping."""
+    spatial = collapse_spatial(x)
+    if spatial is None:
+        return None
+    size, s_stride = spatial
+    n, c = x.shape[:2]
+    n_stride, c_stride = x.stride()[:2]
+    if (size == 1 or s_stride == 1) and (c == 1 or c_stride == size):
+        return "contiguous" if n <= 1 or n_stride >= c * size else None
+    if (c == 1 or c_stride == 1) and s_stride >= c:
+        return "channels_last" if n <= 1 or n_stride >= (size - 1) * s_stride + c else None
+    return None
+
+
+def like(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """y with the strides of `torch.empty_like(x)`: layout in = layout out. Copies only where they differ."""
+    target = torch.empty_like(x, dtype=y.dtype)
+    return y if y.stride() == target.stride() else target.copy_(y)

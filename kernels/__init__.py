@@ -1,0 +1,1 @@
+"""Triton kernels, one file per op. They know torch and triton and nothing above them."""

@@ -1,0 +1,26 @@
+"""Markers that depend on the machine or on how the process was started."""
+
+import os
+import shutil
+
+import pytest
+import torch
+
+
+def pytest_collection_modifyitems(config, items):
+    interpreting = os.environ.get("TRITON_INTERPRET") == "1"
+    # A process either interprets Triton kernels or compiles them: `make test` runs one pytest of each kind.
+    other = [item for item in items if ("interpreter" in item.keywords) != interpreting]
+    if other:
+        config.hook.pytest_deselected(items=other)
+        items[:] = [item for item in items if item not in set(other)]
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+        if "nvcc" in item.keywords and not (shutil.which("nvcc") or os.path.exists("/usr/local/cuda/bin/nvcc")):
+            item.add_marker(pytest.mark.skip(reason="needs nvcc"))
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    torch.manual_seed(0)
