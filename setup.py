@@ -154,7 +154,9 @@ class NinjaFile:
 
 
 def add_cpu_library(ninja: NinjaFile, out: Path, temp: Path, torch: Path, cxx: str, werror: bool) -> None:
-    flags = f"{COMMON_FLAGS} -isystem {shlex.quote(str(torch / 'include'))} -DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"
+    flags = (
+        f"{COMMON_FLAGS} -isystem {shlex.quote(str(torch / 'include'))} -DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"
+    )
     flags += " -Werror" if werror else ""
     isas = ISA_FLAGS if platform.machine() in ("x86_64", "AMD64") else {"baseline": ""}
     objects = []
@@ -175,7 +177,7 @@ def add_cuda_library(
     flags = " ".join(f"-gencode=arch=compute_{code},code=sm_{code}" for code in codes)
     flags += f" -std=c++17 -O3 -ccbin {shlex.quote(cxx)} -Xptxas -v -isystem {shlex.quote(str(torch / 'include'))}"
     flags += f" -DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION} -DUSE_CUDA"
-    flags += f' -DFASTDISTILL_CUDA_ARCHS=\'"{";".join(architectures)}"\''
+    flags += f" -DFASTDISTILL_CUDA_ARCHS='\"{';'.join(architectures)}\"'"
     flags += " -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra"
     flags += " -Werror all-warnings -Xcompiler -Werror" if werror else ""
     objects = [
@@ -224,7 +226,9 @@ class build_libraries(build_ext):
 
         if wanted:
             torch, ninja, temp = torch_folder(), NinjaFile(), Path(self.build_temp).resolve()
-            record["torch_headers"] = (torch / "version.py").read_text().split("__version__ = ")[1].split()[0].strip("'")
+            record["torch_headers"] = (
+                (torch / "version.py").read_text().split("__version__ = ")[1].split()[0].strip("'")
+            )
             for extension in wanted:
                 out = Path(self.get_ext_fullpath(extension.name)).resolve()
                 out.parent.mkdir(parents=True, exist_ok=True)
@@ -257,20 +261,23 @@ class wheel_for_every_python(bdist_wheel):
 
 
 ROOMS = ("kernels", "training", "bench")  # top-level folders that install as fastdistill.<room>
-packages = find_packages(include=["fastdistill", "fastdistill.*"])
-package_dir = {"fastdistill": "fastdistill"}
-for room in ROOMS:
-    package_dir[f"fastdistill.{room}"] = room
-    packages += [f"fastdistill.{room}", *(f"fastdistill.{room}.{p}" for p in find_packages(room))]
 
-setup(
-    packages=packages,
-    package_dir=package_dir,
-    package_data={
-        "fastdistill": ["py.typed"],
-        "fastdistill.models": ["bundled/**/*"],
-    },
-    ext_modules=[Extension("fastdistill._cpu", []), Extension("fastdistill._cuda", [])],
-    cmdclass={"build_ext": build_libraries, "bdist_wheel": wheel_for_every_python},
-    zip_safe=False,
-)
+
+def main() -> None:
+    packages = find_packages(include=["fastdistill", "fastdistill.*"])
+    package_dir = {"fastdistill": "fastdistill"}
+    for room in ROOMS:
+        package_dir[f"fastdistill.{room}"] = room
+        packages += [f"fastdistill.{room}", *(f"fastdistill.{room}.{p}" for p in find_packages(room))]
+    setup(
+        packages=packages,
+        package_dir=package_dir,
+        package_data={"fastdistill": ["py.typed"], "fastdistill.models": ["bundled/**/*"]},
+        ext_modules=[Extension("fastdistill._cpu", []), Extension("fastdistill._cuda", [])],
+        cmdclass={"build_ext": build_libraries, "bdist_wheel": wheel_for_every_python},
+        zip_safe=False,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -81,9 +81,14 @@ def cuda_problem(device_index: int) -> str:
     library = cuda_library()
     if library.problem:
         return library.problem
-    runtime, driver = library.handle.fastdistill_cuda_runtime_version(), library.handle.fastdistill_cuda_driver_version()
+    runtime, driver = (
+        library.handle.fastdistill_cuda_runtime_version(),
+        library.handle.fastdistill_cuda_driver_version(),
+    )
     if driver // 1000 < runtime // 1000:
-        return f"needs a driver for CUDA {runtime // 1000}.x, the one here is for {driver // 1000}.{driver % 1000 // 10}"
+        return (
+            f"needs a driver for CUDA {runtime // 1000}.x, the one here is for {driver // 1000}.{driver % 1000 // 10}"
+        )
     capability = torch.cuda.get_device_capability(device_index)
     if not any(_runs_on(architecture, capability) for architecture in library.detail.split(";")):
         return f"built for {library.detail}, not for this GPU ({capability[0]}.{capability[1]})"

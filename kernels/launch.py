@@ -28,7 +28,7 @@ class Specialisation:
     signature: dict[str, str]
     constexprs: dict[str, object]
     attrs: dict[tuple[int], list[list[object]]]
-    options: dict[str, int]
+    options: dict[str, int | bool]
 
     @property
     def key(self) -> tuple:
@@ -62,9 +62,14 @@ class Launch:
     constexprs: dict[str, int | bool]
     num_warps: int
 
+    @property
+    def options(self) -> dict[str, int | bool]:
+        # Named although it is the default up to Triton 3.9: the next version turns multiply-add fusion off unless asked.
+        return {"num_warps": self.num_warps, "enable_fp_fusion": True}
+
     def run(self) -> None:
         """Launch on the current stream of the current device; see `run_all`."""
-        self.kernel[(self.programs,)](**self.arguments, **self.constexprs, num_warps=self.num_warps)
+        self.kernel[(self.programs,)](**self.arguments, **self.constexprs, **self.options)
 
     def specialisation(self) -> Specialisation:
         """The version of the kernel that `run` would compile or find compiled."""
@@ -87,7 +92,7 @@ class Launch:
             address = value.data_ptr() if isinstance(value, torch.Tensor) else value
             if signature[name] not in ("constexpr", "fp32") and address % _ALIGNMENT == 0:
                 attrs[(index,)] = [["tt.divisibility", _ALIGNMENT]]
-        return Specialisation(self.kernel, signature, constexprs, attrs, {"num_warps": self.num_warps})
+        return Specialisation(self.kernel, signature, constexprs, attrs, self.options)
 
 
 def run_all(launches: Sequence[Launch], device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""Pairs of noise and the sample that the teacher's deterministic ODE makes of it: the targets of the regression loss."""
+"""Pairs of noise and the sample that the teacher's deterministic ODE makes of it: targets of the regression loss."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from fastdistill import diffusion
 from fastdistill.diffusion import Schedule
+
+from .networks import conversion_point, predict_guided
 
 
 class Pairs(NamedTuple):
@@ -62,34 +64,10 @@ def make_pairs(
         x_t = noise[start : start + batch_size].to(conditions)
         condition = conditions[chosen[start : start + batch_size].to(conditions.device)]
         for t, next_t in zip(timesteps, [*timesteps[1:], None]):
-            pred = predict_guided(teacher, x_t, t, condition, guidance_scale, unconditional)
+            many_t = torch.full((len(x_t),), t, device=x_t.device)
+            pred = predict_guided(teacher, x_t, many_t, condition, guidance_scale, unconditional)
+            point = conversion_point(schedule, t, prediction_type)
             next_point = (1.0, 0.0) if next_t is None else schedule.at(next_t)
-            x_t = diffusion.ddim_step(pred, x_t, *solver_point(schedule, t, prediction_type), *next_point, prediction_type)
+            x_t = diffusion.ddim_step(pred, x_t, *point, *next_point, prediction_type)
         samples.append(x_t.float())
     return Pairs(noise.to(conditions.device), torch.cat(samples), chosen.to(conditions.device))
-
-
-def predict(network: nn.Module, x_t: Tensor, t: Tensor, condition: Tensor) -> Tensor:
-    """Call a diffusers UNet (or anything called like one): x_t (B, ...), t (B,) int64, condition (B, L, D)."""
-    return network(x_t, t, encoder_hidden_states=condition, return_dict=False)[0]
-
-
-def predict_guided(
-    network: nn.Module, x_t: Tensor, t: int, condition: Tensor, guidance_scale: float, unconditional: Tensor | None
-) -> Tensor:
-    """`predict` at one timestep for all, with classifier-free guidance unless `guidance_scale` is 1."""
-    t = torch.full((len(x_t),), t, device=x_t.device)
-    conditional = predict(network, x_t, t, condition)
-    if guidance_scale == 1:
-        return conditional
-    if unconditional is None:
-        raise ValueError(f"guidance_scale {guidance_scale} needs `unconditional`, the condition of the empty prompt")
-    return diffusion.guide(predict(network, x_t, t, unconditional.expand_as(condition)), conditional, guidance_scale)
-
-
-def solver_point(schedule: Schedule, t: int, prediction_type: str) -> tuple[Tensor, Tensor]:
-    """(alpha, sigma) to read a prediction at t with: the original ones where epsilon meets pure noise (2305.08891)."""
-    alpha, sigma = schedule.at(t)
-    if prediction_type == "epsilon" and alpha == 0:
-        return schedule.at(t, original=True)
-    return alpha, sigma

@@ -302,6 +302,10 @@ struct Backward {
     m2 /= count;
     for (int64_t ch = g * p.per_group; ch < (g + 1) * p.per_group; ++ch) {
       const int64_t i = n * p.x.C + ch;
+      if (count == 1) {  // the output does not depend on x; rounding errors times rstd = 1/sqrt(eps) would
+        a[i] = b[i] = c[i] = grad_add[i] = 0;
+        continue;
+      }
       a[i] = static_cast<float>(r * p.weight[ch]);
       b[i] = static_cast<float>(r * m1);
       c[i] = static_cast<float>(r * m2);

@@ -1,8 +1,8 @@
 """Fused ops: each one differentiable, each with several backends and one reference.
 
-    from fastdistill.ops import group_norm_silu, explain
-    y = group_norm_silu(x, 32, weight, bias)
-    print(explain("group_norm_silu", x, 32, weight, bias))
+from fastdistill.ops import group_norm_silu, explain
+y = group_norm_silu(x, 32, weight, bias)
+print(explain("group_norm_silu", x, 32, weight, bias))
 """
 
 from fastdistill.ops._dispatch import BackendError, Explanation, explain

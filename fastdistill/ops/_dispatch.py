@@ -94,7 +94,9 @@ def requested(op: Op, backend: str | None) -> str | None:
         elif name == op.name:
             return value
         elif name not in _OPS:
-            raise BackendError(f"FASTDISTILL_BACKEND={setting!r} names an unknown op {name!r}; known: {', '.join(_OPS)}")
+            raise BackendError(
+                f"FASTDISTILL_BACKEND={setting!r} names an unknown op {name!r}; known: {', '.join(_OPS)}"
+            )
     return general
 
 

@@ -21,8 +21,11 @@ def collapse_spatial(t: torch.Tensor) -> tuple[int, int] | None:
 
 
 def layout_of(x: torch.Tensor) -> str | None:
-    """"contiguous" (a channel's S values side by side, then the next channel), "channels_last" (a pixel's C values side
-    by side) or None. Samples may be any distance apart that keeps them from overlapping."""
+    """How x lies: "contiguous", "channels_last", or None where neither reading holds.
+
+    Contiguous: a channel's S values side by side, then the next channel. Channels last: a pixel's C values side by
+    side. Samples may be any distance apart that keeps them from overlapping.
+    """
     spatial = collapse_spatial(x)
     if spatial is None:
         return None

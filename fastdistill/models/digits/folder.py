@@ -43,11 +43,9 @@ def save_folder(pipeline, folder: str | Path, card: str) -> Path:
         card: Markdown of the model card.
 
     Raises:
-        FileExistsError: `folder` holds something that is not a pipeline.
+        FileExistsError: `folder` is a file or holds something that is not a pipeline.
     """
-    folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()) and not (folder / "model_index.json").is_file():
-        raise FileExistsError(f"{folder}: not empty and not a pipeline folder; it is left as it is")
+    folder = check_target(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
         fresh = Path(scratch) / folder.name
@@ -61,6 +59,16 @@ def save_folder(pipeline, folder: str | Path, card: str) -> Path:
         if folder.exists():
             shutil.rmtree(folder)
         os.replace(fresh, folder)
+    return folder
+
+
+def check_target(folder: str | Path) -> Path:
+    """The folder, if `save_folder` may write it: absent, empty or a pipeline folder; a long training asks first."""
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder}: a file; needed a folder to write a pipeline to")
+    if folder.exists() and any(folder.iterdir()) and not (folder / "model_index.json").is_file():
+        raise FileExistsError(f"{folder}: not empty and not a pipeline folder; it is left as it is")
     return folder
 
 

@@ -18,7 +18,7 @@ from .sampling import balanced_labels, generate
 from .text import build_tokenizer, random_caption
 from .train_vae import encode, warm_up_and_cosine
 
-BATCH = 128
+BATCH = 64
 LEARNING_RATE = 1e-3
 EMA_DECAY = 0.999
 CAPTION_DROPOUT = 0.1  # to the empty prompt, so that guidance has an unconditional branch
@@ -26,10 +26,10 @@ CAPTION_DROPOUT = 0.1  # to the empty prompt, so that guidance has an unconditio
 
 def train_teacher(
     vae,
-    steps: int = 6000,
+    steps: int = 4000,
     seed: int = 0,
     log: Callable[[str], None] = print,
-    report_every: int = 500,
+    report_every: int = 400,
     on_report: Callable[[object], None] | None = None,
 ):
     """A `StableDiffusionPipeline` around `vae` whose UNet predicts v under a zero-terminal-SNR schedule.
@@ -39,7 +39,7 @@ def train_teacher(
 
     Args:
         vae: from `train_vae`.
-        steps: optimiser steps of 128 latents.
+        steps: optimiser steps of 64 latents.
         seed: of the weights, the batches, the noise and the captions.
         log: receives a line every 100 steps, and the figures of 500 images at 10 steps at each report.
         report_every: steps between reports.

@@ -1,0 +1,111 @@
+"""CPU timing: two things run in turn in one process.
+
+An absolute CPU time means little on a machine that others use too, or whose clock moves; the ratio of two calls made
+right after each other does. So the two are measured in pairs, A B B A A B …, and what is reported is the distribution of
+the per-pair ratio.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+
+# A sample lasts at least this long (calls are repeated), so that the clock and one interrupt do not decide it.
+MIN_SAMPLE_NS = 1_000_000
+WARM_UP_CALLS = 3
+
+Run = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class PairTimes:
+    """Nanoseconds per call, one entry per pair."""
+
+    ours: tuple[float, ...]
+    baseline: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Medians in microseconds per call, and baseline / ours: its median and its 20 % and 80 % quantiles over pairs."""
+
+    ours_us: float
+    baseline_us: float
+    ratio: float
+    ratio_low: float
+    ratio_high: float
+    pairs: int
+
+    @classmethod
+    def of(cls, times: PairTimes) -> Speed:
+        ours, baseline = np.asarray(times.ours), np.asarray(times.baseline)
+        low, median, high = np.quantile(baseline / ours, (0.2, 0.5, 0.8))
+        return cls(
+            float(np.median(ours)) / 1e3,
+            float(np.median(baseline)) / 1e3,
+            float(median),
+            float(low),
+            float(high),
+            len(times.ours),
+        )
+
+
+def time_pairs(
+    ours: Sequence[Run],
+    baseline: Sequence[Run],
+    pairs: int,
+    *,
+    clock: Callable[[], int] = time.perf_counter_ns,
+    min_sample_ns: int = MIN_SAMPLE_NS,
+) -> PairTimes:
+    """Time two things in `pairs` pairs, the order within a pair alternating.
+
+    Args:
+        ours, baseline: each one call on one set of inputs, or several to be rotated through (on sets that together
+            exceed the last-level cache, each call then finds its inputs in memory, not in cache).
+        clock: nanoseconds, monotonic.
+    """
+    first, second = itertools.cycle(ours), itertools.cycle(baseline)
+    for _ in range(max(WARM_UP_CALLS, len(ours), len(baseline))):
+        next(first)()
+        next(second)()
+    calls = _calls_per_sample((first, second), clock, min_sample_ns)
+    times: dict[Iterator[Run], list[float]] = {first: [], second: []}
+    with _no_garbage_collection():
+        for pair in range(pairs):
+            for runs in (first, second) if pair % 2 == 0 else (second, first):
+                times[runs].append(_sample(runs, calls, clock))
+    return PairTimes(tuple(times[first]), tuple(times[second]))
+
+
+def _calls_per_sample(both: Sequence[Iterator[Run]], clock: Callable[[], int], min_sample_ns: int) -> int:
+    fastest = min(_sample(runs, 1, clock) for runs in both)
+    return max(1, round(min_sample_ns / max(fastest, 1)))
+
+
+def _sample(runs: Iterator[Run], calls: int, clock: Callable[[], int]) -> float:
+    """Nanoseconds per call. A result is freed when the next one exists, as in a model; the last one after the clock."""
+    start = clock()
+    for _ in range(calls):
+        result = next(runs)()
+    elapsed = clock() - start
+    del result
+    return elapsed / calls
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

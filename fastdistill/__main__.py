@@ -1,0 +1,5 @@
+"""`python -m fastdistill` is the command `fastdistill`."""
+
+from fastdistill.cli import main
+
+main()

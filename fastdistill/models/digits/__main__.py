@@ -1,0 +1,81 @@
+"""`python -m fastdistill.models.digits teacher | evaluate`: train the teacher from nothing, print the figures."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+COMMAND = "python -m fastdistill.models.digits"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit status 0; 2 with one clear line for bad input or a missing extra."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except (ImportError, ValueError, OSError) as error:
+        print(f"{COMMAND}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=COMMAND, description="The digits models: training and figures.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    teacher = commands.add_parser("teacher", help="train autoencoder, text encoder and UNet; write a pipeline folder")
+    teacher.add_argument("--out", type=Path, required=True, help="folder to write; also holds intermediate results")
+    teacher.add_argument("--seed", type=int, default=0)
+    teacher.add_argument("--vae-steps", type=_positive, default=700)
+    teacher.add_argument("--steps", type=_positive, default=4000)
+    teacher.set_defaults(run=_train_teacher)
+
+    evaluate = commands.add_parser("evaluate", help="print the figures of docs/digits.md")
+    evaluate.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    evaluate.add_argument("--models", nargs="+", metavar="NAME_OR_PATH", help="default: every bundled model")
+    evaluate.add_argument("--write", type=Path, nargs="+", default=[], metavar="FILE", help="put them into these files")
+    evaluate.set_defaults(run=_evaluate)
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value}; needed 1 or more")
+    return value
+
+
+def _train_teacher(options: argparse.Namespace) -> None:
+    from .cards import teacher_card
+    from .folder import check_target, save_folder
+    from .train_teacher import train_teacher
+    from .train_vae import train_vae
+
+    check_target(options.out)
+    start = time.monotonic()
+
+    def log(line: str) -> None:
+        print(f"{time.monotonic() - start:6.0f} s  {line}", flush=True)
+
+    vae = train_vae(options.vae_steps, options.seed, log)
+    train_teacher(
+        vae, options.steps, options.seed, log, on_report=lambda pipeline: save_folder(pipeline, options.out, teacher_card())
+    )
+    log(f"saved {options.out}")
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from .figures import as_markdown, measure, write_between_marks
+
+    command = f"{COMMAND} evaluate --seeds {' '.join(map(str, options.seeds))}"
+    rows = measure(options.seeds, options.models, log=lambda line: print(line, file=sys.stderr, flush=True))
+    text = f"Printed by `{command}`: {as_markdown(rows, options.seeds)}"
+    print(text)
+    for file in options.write:
+        write_between_marks(file, text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,320 @@
+"""Backward kernels of GroupNorm + SiLU and the plan of their launches.
+
+With u = x + add, xhat = (u - mean) * rstd, z = xhat * weight + bias, dz = grad_y * silu'(z), and D elements in a group,
+
+    grad_x = rstd * (weight * dz - sum_D(weight * dz) / D - xhat * sum_D(weight * dz * xhat) / D).
+
+Three sums over the pixels of a channel are enough for everything else: of dz (grad_bias), of dz * xhat (grad_weight) and
+of xhat. Together they give grad_add, the sum of grad_x over the pixels, in float32 and without a second look at grad_x.
+The regimes are those of forward.py; one more launch adds up the weight's and the bias's gradients over the batch.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ..launch import Launch
+from .arguments import channel_arguments, stride_arguments
+from .device import activation_gradient, group_totals, load_channel_values, tile_pointers
+from .tiles import MAX_WHOLE_BACKWARD, SPLIT_WARPS, Problem, SplitTile, WholeTile, choose_split_tile, choose_whole_tile
+
+
+@triton.jit
+def _backward_whole_kernel(
+    grad_y_ptr,
+    x_ptr,
+    mean_ptr,
+    rstd_ptr,
+    weight_ptr,
+    bias_ptr,
+    add_ptr,
+    grad_x_ptr,
+    sum_dz_xhat_ptr,
+    sum_dz_ptr,
+    grad_add_ptr,
+    grad_y_stride_n,
+    grad_y_stride_c,
+    grad_y_stride_s,
+    x_stride_n,
+    x_stride_c,
+    x_stride_s,
+    grad_x_stride_n,
+    grad_x_stride_c,
+    grad_x_stride_s,
+    weight_stride,
+    bias_stride,
+    add_stride_n,
+    add_stride_c,
+    channels,
+    pixels,
+    groups,
+    channels_per_group,
+    units_per_tile,
+    tiles,
+    elements,
+    SILU: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    CHANNEL_UNIT: tl.constexpr,
+):
+    program = tl.program_id(0).to(tl.int64)
+    n = program // tiles
+    channels_per_tile = units_per_tile * CHANNEL_UNIT
+    lane = tl.arange(0, BLOCK_C)
+    c = program % tiles * channels_per_tile + lane
+    s = tl.arange(0, BLOCK_S).to(tl.int64)
+    in_tile = (lane < channels_per_tile) & (c < channels)
+    mask = in_tile[:, None] & (s < pixels)[None, :]
+    slot = tl.where(in_tile, lane // channels_per_group, BLOCK_G)
+
+    group = n * groups + c // channels_per_group
+    mean = tl.load(mean_ptr + group, mask=in_tile, other=0.0)
+    rstd = tl.load(rstd_ptr + group, mask=in_tile, other=0.0)
+    weight = load_channel_values(weight_ptr, c * weight_stride, in_tile, 1.0)
+    bias = load_channel_values(bias_ptr, c * bias_stride, in_tile, 0.0)
+    add = load_channel_values(add_ptr, n * add_stride_n + c * add_stride_c, in_tile, 0.0)
+
+    x = tl.load(tile_pointers(x_ptr, n, c, s, x_stride_n, x_stride_c, x_stride_s), mask=mask, other=0.0)
+    grad_y_ptrs = tile_pointers(grad_y_ptr, n, c, s, grad_y_stride_n, grad_y_stride_c, grad_y_stride_s)
+    grad_y = tl.load(grad_y_ptrs, mask=mask, other=0.0).to(tl.float32)
+    xhat = tl.where(mask, ((x.to(tl.float32) + add[:, None]) - mean[:, None]) * rstd[:, None], 0.0)
+    dz = tl.where(mask, activation_gradient(grad_y, xhat * weight[:, None] + bias[:, None], SILU), 0.0)
+
+    sum_dz = tl.sum(dz, axis=1)
+    sum_dz_xhat = tl.sum(dz * xhat, axis=1)
+    sum_xhat = tl.sum(xhat, axis=1)
+    mean_dz = group_totals(weight * sum_dz, slot, BLOCK_G) / elements
+    mean_dz_xhat = group_totals(weight * sum_dz_xhat, slot, BLOCK_G) / elements
+    grad_x = rstd[:, None] * (weight[:, None] * dz - mean_dz[:, None] - xhat * mean_dz_xhat[:, None])
+    grad_x_ptrs = tile_pointers(grad_x_ptr, n, c, s, grad_x_stride_n, grad_x_stride_c, grad_x_stride_s)
+    tl.store(grad_x_ptrs, grad_x.to(grad_x_ptr.dtype.element_ty), mask=mask)
+
+    channel = n * channels + c
+    tl.store(sum_dz_ptr + channel, sum_dz, mask=in_tile)
+    tl.store(sum_dz_xhat_ptr + channel, sum_dz_xhat, mask=in_tile)
+    grad_add = rstd * (weight * sum_dz - pixels * mean_dz - sum_xhat * mean_dz_xhat)
+    tl.store(grad_add_ptr + channel, grad_add, mask=in_tile)
+
+
+@triton.jit
+def _gradient_sums_kernel(
+    grad_y_ptr,
+    x_ptr,
+    mean_ptr,
+    rstd_ptr,
+    weight_ptr,
+    bias_ptr,
+    add_ptr,
+    partial_ptr,
+    grad_y_stride_n,
+    grad_y_stride_c,
+    grad_y_stride_s,
+    x_stride_n,
+    x_stride_c,
+    x_stride_s,
+    weight_stride,
+    bias_stride,
+    add_stride_n,
+    add_stride_c,
+    channels,
+    pixels,
+    groups,
+    channels_per_group,
+    pixels_per_split,
+    splits,
+    channel_tiles,
+    partial_stride,
+    SILU: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """Sums of dz, dz * xhat and xhat, per channel, over one run of pixels. `partial` is (3, N, splits, C)."""
+    program = tl.program_id(0).to(tl.int64)
+    split = program // channel_tiles % splits
+    n = program // channel_tiles // splits
+    c = program % channel_tiles * BLOCK_C + tl.arange(0, BLOCK_C)
+    start = split * pixels_per_split
+    stop = tl.minimum(start + pixels_per_split, pixels)
+    s = start + tl.arange(0, BLOCK_S)
+    in_channels = c < channels
+
+    group = n * groups + c // channels_per_group
+    mean = tl.load(mean_ptr + group, mask=in_channels, other=0.0)
+    rstd = tl.load(rstd_ptr + group, mask=in_channels, other=0.0)
+    weight = load_channel_values(weight_ptr, c * weight_stride, in_channels, 1.0)
+    bias = load_channel_values(bias_ptr, c * bias_stride, in_channels, 0.0)
+    add = load_channel_values(add_ptr, n * add_stride_n + c * add_stride_c, in_channels, 0.0)
+
+    x_ptrs = tile_pointers(x_ptr, n, c, s, x_stride_n, x_stride_c, x_stride_s)
+    grad_y_ptrs = tile_pointers(grad_y_ptr, n, c, s, grad_y_stride_n, grad_y_stride_c, grad_y_stride_s)
+    sum_dz = tl.zeros((BLOCK_C, BLOCK_S), tl.float32)
+    sum_dz_xhat = tl.zeros((BLOCK_C, BLOCK_S), tl.float32)
+    sum_xhat = tl.zeros((BLOCK_C, BLOCK_S), tl.float32)
+    for offset in range(0, stop - start, BLOCK_S):
+        mask = in_channels[:, None] & (s + offset < stop)[None, :]
+        x = tl.load(x_ptrs + offset * x_stride_s, mask=mask, other=0.0).to(tl.float32)
+        grad_y = tl.load(grad_y_ptrs + offset * grad_y_stride_s, mask=mask, other=0.0).to(tl.float32)
+        xhat = tl.where(mask, ((x + add[:, None]) - mean[:, None]) * rstd[:, None], 0.0)
+        dz = tl.where(mask, activation_gradient(grad_y, xhat * weight[:, None] + bias[:, None], SILU), 0.0)
+        sum_dz += dz
+        sum_dz_xhat += dz * xhat
+        sum_xhat += xhat
+
+    row = partial_ptr + (n * splits + split) * channels + c
+    tl.store(row, tl.sum(sum_dz, axis=1), mask=in_channels)
+    tl.store(row + partial_stride, tl.sum(sum_dz_xhat, axis=1), mask=in_channels)
+    tl.store(row + 2 * partial_stride, tl.sum(sum_xhat, axis=1), mask=in_channels)
+
+
+@triton.jit
+def _combine_gradient_sums_kernel(
+    partial_ptr,
+    weight_ptr,
+    sum_dz_xhat_ptr,
+    sum_dz_ptr,
+    sum_xhat_ptr,
+    mean_dz_ptr,
+    mean_dz_xhat_ptr,
+    weight_stride,
+    channels,
+    splits,
+    groups,
+    channels_per_group,
+    elements,
+    partial_stride,
+    BLOCK_K: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """One program per (n, group): the partials of each channel added up, and the two means of the group."""
+    program = tl.program_id(0).to(tl.int64)
+    n = program // groups
+    first_channel = program % groups * channels_per_group
+    lane_k = tl.arange(0, BLOCK_K)[:, None].to(tl.int64)
+    lane_c = tl.arange(0, BLOCK_C)[None, :]
+    mean_dz = tl.zeros((BLOCK_C,), tl.float32)
+    mean_dz_xhat = tl.zeros((BLOCK_C,), tl.float32)
+    for offset in range(0, channels_per_group, BLOCK_C):
+        in_group = offset + lane_c < channels_per_group
+        dz = tl.zeros((BLOCK_K, BLOCK_C), tl.float32)
+        dz_xhat = tl.zeros((BLOCK_K, BLOCK_C), tl.float32)
+        xhat = tl.zeros((BLOCK_K, BLOCK_C), tl.float32)
+        for k in range(0, splits, BLOCK_K):
+            mask = (k + lane_k < splits) & in_group
+            row = partial_ptr + (n * splits + k + lane_k) * channels + first_channel + offset + lane_c
+            dz += tl.load(row, mask=mask, other=0.0)
+            dz_xhat += tl.load(row + partial_stride, mask=mask, other=0.0)
+            xhat += tl.load(row + 2 * partial_stride, mask=mask, other=0.0)
+        in_channels = offset + tl.arange(0, BLOCK_C) < channels_per_group
+        c = first_channel + offset + tl.arange(0, BLOCK_C)
+        sum_dz = tl.sum(dz, axis=0)
+        sum_dz_xhat = tl.sum(dz_xhat, axis=0)
+        tl.store(sum_dz_ptr + n * channels + c, sum_dz, mask=in_channels)
+        tl.store(sum_dz_xhat_ptr + n * channels + c, sum_dz_xhat, mask=in_channels)
+        tl.store(sum_xhat_ptr + n * channels + c, tl.sum(xhat, axis=0), mask=in_channels)
+        weight = load_channel_values(weight_ptr, c * weight_stride, in_channels, 1.0)
+        mean_dz += tl.where(in_channels, weight * sum_dz, 0.0)
+        mean_dz_xhat += tl.where(in_channels, weight * sum_dz_xhat, 0.0)
+    tl.store(mean_dz_ptr + program, tl.sum(mean_dz, axis=0) / elements)
+    tl.store(mean_dz_xhat_ptr + program, tl.sum(mean_dz_xhat, axis=0) / elements)
+
+
+@triton.jit
+def _apply_gradient_kernel(
+    grad_y_ptr,
+    x_ptr,
+    mean_ptr,
+    rstd_ptr,
+    weight_ptr,
+    bias_ptr,
+    add_ptr,
+    sum_dz_ptr,
+    sum_xhat_ptr,
+    mean_dz_ptr,
+    mean_dz_xhat_ptr,
+    grad_x_ptr,
+    grad_add_ptr,
+    grad_y_stride_n,
+    grad_y_stride_c,
+    grad_y_stride_s,
+    x_stride_n,
+    x_stride_c,
+    x_stride_s,
+    grad_x_stride_n,
+    grad_x_stride_c,
+    grad_x_stride_s,
+    weight_stride,
+    bias_stride,
+    add_stride_n,
+    add_stride_c,
+    channels,
+    pixels,
+    groups,
+    channels_per_group,
+    channel_tiles,
+    pixel_tiles,
+    SILU: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """grad_x tile by tile; the programs of the first pixel tile also write grad_add of their channels."""
+    # From the last tile to the first, as in _apply_kernel.
+    program = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)
+    pixel_tile = program // channel_tiles % pixel_tiles
+    n = program // channel_tiles // pixel_tiles
+    c = program % channel_tiles * BLOCK_C + tl.arange(0, BLOCK_C)
+    s = pixel_tile * BLOCK_S + tl.arange(0, BLOCK_S)
+    in_channels = c < channels
+    mask = in_channels[:, None] & (s < pixels)[None, :]
+
+    group = n * groups + c // channels_per_group
+    mean = tl.load(mean_ptr + group, mask=in_channels, other=0.0)
+    rstd = tl.load(rstd_ptr + group, mask=in_channels, other=0.0)
+    mean_dz = tl.load(mean_dz_ptr + group, mask=in_channels, other=0.0)
+    mean_dz_xhat = tl.load(mean_dz_xhat_ptr + group, mask=in_channels, other=0.0)
+    weight = load_channel_values(weight_ptr, c * weight_stride, in_channels, 1.0)
+    bias = load_channel_values(bias_ptr, c * bias_stride, in_channels, 0.0)
+    add = load_channel_values(add_ptr, n * add_stride_n + c * add_stride_c, in_channels, 0.0)
+
+    x = tl.load(tile_pointers(x_ptr, n, c, s, x_stride_n, x_stride_c, x_stride_s), mask=mask, other=0.0)
+    grad_y_ptrs = tile_pointers(grad_y_ptr, n, c, s, grad_y_stride_n, grad_y_stride_c, grad_y_stride_s)
+    grad_y = tl.load(grad_y_ptrs, mask=mask, other=0.0).to(tl.float32)
+    xhat = ((x.to(tl.float32) + add[:, None]) - mean[:, None]) * rstd[:, None]
+    dz = activation_gradient(grad_y, xhat * weight[:, None] + bias[:, None], SILU)
+    grad_x = rstd[:, None] * (weight[:, None] * dz - mean_dz[:, None] - xhat * mean_dz_xhat[:, None])
+    grad_x_ptrs = tile_pointers(grad_x_ptr, n, c, s, grad_x_stride_n, grad_x_stride_c, grad_x_stride_s)
+    tl.store(grad_x_ptrs, grad_x.to(grad_x_ptr.dtype.element_ty), mask=mask)
+
+    if pixel_tile == 0:
+        channel = n * channels + c
+        sum_dz = tl.load(sum_dz_ptr + channel, mask=in_channels, other=0.0)
+        sum_xhat = tl.load(sum_xhat_ptr + channel, mask=in_channels, other=0.0)
+        grad_add = rstd * (weight * sum_dz - pixels * mean_dz - sum_xhat * mean_dz_xhat)
+        tl.store(grad_add_ptr + channel, grad_add, mask=in_channels)
+
+
+@triton.jit
+def _sum_over_batch_kernel(
+    sum_dz_xhat_ptr,
+    sum_dz_ptr,
+    grad_weight_ptr,
+    grad_bias_ptr,
+    batch,
+    channels,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    c = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    lane_n = tl.arange(0, BLOCK_N)[:, None]
+    grad_weight = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
+    grad_bias = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
+    for n in range(0, batch, BLOCK_N):
+        mask = (n + lane_n < batch) & (c < channels)
+        offsets = (n + lane_n) * channels + c
+        grad_weight += tl.load(sum_dz_xhat_ptr + offsets, mask=mask, other=0.0)
+        grad_bias += tl.load(sum_dz_ptr + offsets, mask=mask, other=0.0)
+    c = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+    tl.store(grad_weight_ptr + c, tl.sum(grad_weight, axis=0), mask=c < channels)
+    tl.store(grad_bias_ptr + c, tl.sum(grad_bias, axis=0), mask=c < channels)

@@ -1,0 +1,311 @@
+"""Distribution matching distillation: a one-step student from a diffusion teacher, without any training images.
+
+Yin et al., arXiv 2311.18828 (DMD); the critic ratio and its reasons arXiv 2405.14867 (DMD2). Three networks of one
+architecture: the frozen teacher knows the real distribution, the fake score follows the student's, and the student
+moves along the difference of the two.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fastdistill import diffusion
+from fastdistill.diffusion import Schedule
+from fastdistill.losses import DMDStats, dmd_loss
+
+from .contract import check_gradient_contract, nudged
+from .networks import conversion_point, predict, predict_guided
+from .pairs import Pairs
+from .updates import EMA, RoleUpdater, warm_up_then_decay
+
+
+@dataclass(frozen=True)
+class DMDConfig:
+    """Everything a run depends on beside its teacher and its prompts.
+
+    Attributes:
+        iterations: updates of the student. The fake score is updated `critic_ratio` times as often.
+        batch_size: samples per update, of either role.
+        student_timestep: where the one step starts, with unit noise as input; None is the schedule's last.
+        critic_ratio: fake-score updates per student update (TTUR). A fake score that lags behind gives a gradient
+            towards where the student was: at ratio 1 the digits collapse.
+        learning_rate, critic_learning_rate: of AdamW, student and fake score.
+        beta1, beta2, weight_decay: of both AdamWs. No momentum by default: the gradient chases a moving target.
+        warm_up: updates of each role over which its learning rate rises from 0.
+        decay: share of the run, at its end, over which both learning rates fall to 0.
+        max_grad_norm: gradients are clipped to this global norm.
+        guidance_scale: classifier-free guidance of the teacher, 1 for none. The fake score is never guided.
+        min_timestep, max_timestep: range of the timesteps at which the distributions are compared, as shares of T.
+        regression_weight: of the mean squared error to the ends of the teacher's ODE, 0 to leave it out.
+        pairs, pair_steps: how many noises the ODE is solved for, and in how many DDIM steps.
+        ema_decay: of the average of the student's weights that is delivered, 0 to deliver the weights themselves.
+        seed: of everything random. The same seed gives the same bytes on the same machine and number of threads.
+        report_every: student updates between two calls of the callback.
+    """
+
+    iterations: int = 1000
+    batch_size: int = 64
+    student_timestep: int | None = None
+    critic_ratio: int = 5
+    learning_rate: float = 1e-4
+    critic_learning_rate: float = 1e-4
+    beta1: float = 0.0
+    beta2: float = 0.999
+    weight_decay: float = 0.01
+    warm_up: int = 20
+    decay: float = 0.5
+    max_grad_norm: float = 10.0
+    guidance_scale: float = 1.0
+    min_timestep: float = 0.02
+    max_timestep: float = 0.98
+    regression_weight: float = 0.5
+    pairs: int = 2000
+    pair_steps: int = 25
+    ema_decay: float = 0.99
+    seed: int = 0
+    report_every: int = 10
+
+    def __post_init__(self):
+        at_least_one = ("iterations", "batch_size", "critic_ratio", "pair_steps", "report_every")
+        not_negative = ("warm_up", "weight_decay", "guidance_scale", "regression_weight", "pairs")
+        for name in at_least_one:
+            _require(name, getattr(self, name), getattr(self, name) >= 1, "1 or more")
+        for name in not_negative:
+            _require(name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
+        for name in ("learning_rate", "critic_learning_rate", "max_grad_norm"):
+            _require(name, getattr(self, name), getattr(self, name) > 0, "more than 0")
+        for name in ("beta1", "beta2", "ema_decay"):
+            _require(name, getattr(self, name), 0 <= getattr(self, name) < 1, "in [0, 1)")
+        _require("decay", self.decay, 0 <= self.decay <= 1, "in [0, 1]")
+        _require("min_timestep", self.min_timestep, 0 <= self.min_timestep < self.max_timestep, "in [0, max_timestep)")
+        _require("max_timestep", self.max_timestep, self.max_timestep < 1, "below 1")
+        if self.regression_weight > 0 and self.pairs == 0:
+            raise ValueError("regression_weight above 0 needs pairs; got pairs = 0")
+
+
+@dataclass(frozen=True)
+class DMDProgress:
+    """What the callback sees.
+
+    Attributes:
+        update, total: student updates done and planned.
+        seconds: since the first update.
+        losses: of the last update: "dmd", "fake_score", "regression" (if used), and "guarded", the share of elements
+            whose gradient the guard set to zero.
+        student: the network that would be delivered now, in evaluation mode. Look, but do not change it.
+    """
+
+    update: int
+    total: int
+    seconds: float
+    losses: dict[str, float]
+    student: nn.Module
+
+
+@dataclass(frozen=True)
+class DMDRun:
+    """A finished run: the student to deliver (in evaluation mode), updates per role, seconds, last losses."""
+
+    student: nn.Module
+    updates: dict[str, int]
+    seconds: float
+    losses: dict[str, float]
+
+
+class DMD:
+    """The three roles, and what each one's turn computes. No optimiser and no loop.
+
+    Networks are called as diffusers' UNets: `network(x_t, t, encoder_hidden_states=condition, return_dict=False)[0]`.
+
+    Args:
+        teacher: frozen here; student and fake score start as copies of it.
+        schedule, prediction_type: the teacher's, and with it everybody's.
+        config: see `DMDConfig`.
+        unconditional: (1, L, D), the condition of the empty prompt; needed for guidance.
+    """
+
+    def __init__(
+        self,
+        teacher: nn.Module,
+        schedule: Schedule,
+        prediction_type: str,
+        config: DMDConfig,
+        unconditional: Tensor | None = None,
+    ):
+        last = len(schedule) - 1
+        start = last if config.student_timestep is None else config.student_timestep
+        _require("student_timestep", start, 0 <= start <= last, f"in 0..{last}")
+        if config.guidance_scale != 1 and unconditional is None:
+            raise ValueError(f"guidance_scale {config.guidance_scale} needs the condition of the empty prompt")
+        self.teacher = teacher.eval().requires_grad_(False)
+        self.student = copy.deepcopy(teacher).train().requires_grad_(True)
+        self.fake_score = copy.deepcopy(teacher).train().requires_grad_(True)
+        self.schedule = schedule.to(next(teacher.parameters()).device)
+        self.prediction_type = diffusion.check_prediction_type(prediction_type)
+        self.config = config
+        self.unconditional = unconditional
+        self.start = start
+
+    @property
+    def roles(self) -> dict[str, nn.Module]:
+        return {"student": self.student, "teacher": self.teacher, "fake_score": self.fake_score}
+
+    def generate(self, noise: Tensor, condition: Tensor) -> Tensor:
+        """The student's one step: noise (B, ...) and condition (B, L, D) to a sample of the data (B, ...)."""
+        t = torch.full((len(noise),), self.start, device=noise.device)
+        alpha, sigma = conversion_point(self.schedule, self.start, self.prediction_type)
+        return diffusion.to_data(predict(self.student, noise, t, condition), noise, alpha, sigma, self.prediction_type)
+
+    def distribution_loss(self, x: Tensor, condition: Tensor, generator: torch.Generator) -> tuple[Tensor, DMDStats]:
+        """The student's loss on its samples x (B, ...): everything but x is without gradient."""
+        lowest = int(self.config.min_timestep * len(self.schedule))
+        highest = int(self.config.max_timestep * len(self.schedule))
+        with torch.no_grad():
+            x_t, t, alpha, sigma, _ = self._diffuse(x, lowest, highest + 1, generator)
+            pred_real = predict_guided(self.teacher, x_t, t, condition, self.config.guidance_scale, self.unconditional)
+            pred_fake = predict(self.fake_score, x_t, t, condition)
+        return dmd_loss(
+            x, x_t, pred_real, pred_fake, alpha, sigma, prediction_type=self.prediction_type, return_stats=True
+        )
+
+    def regression_loss(self, noise: Tensor, sample: Tensor, condition: Tensor) -> Tensor:
+        """Mean squared error of the student's step to where the teacher's ODE carries the same noise."""
+        return torch.nn.functional.mse_loss(self.generate(noise, condition), sample)
+
+    def fake_score_loss(self, x: Tensor, condition: Tensor, generator: torch.Generator) -> Tensor:
+        """The teacher's own denoising loss, on the student's samples, at all timesteps, without guidance."""
+        x = x.detach()
+        x_t, t, alpha, sigma, noise = self._diffuse(x, 0, len(self.schedule), generator)
+        target = diffusion.training_target(x, noise, alpha, sigma, self.prediction_type)
+        return torch.nn.functional.mse_loss(predict(self.fake_score, x_t, t, condition), target)
+
+    def _diffuse(
+        self, x: Tensor, low: int, high: int, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        t = torch.randint(low, high, (len(x),), generator=generator).to(x.device)
+        noise = torch.randn(x.shape, generator=generator).to(x)
+        alpha, sigma = self.schedule.at(t)
+        return diffusion.add_noise(x, noise, alpha, sigma), t, alpha, sigma, noise
+
+
+def train(
+    dmd: DMD,
+    conditions: Tensor,
+    sample_shape: tuple[int, ...],
+    *,
+    pairs: Pairs | None = None,
+    callback: Callable[[DMDProgress], bool | None] | None = None,
+) -> DMDRun:
+    """Train a student. For a diffusers pipeline use `fastdistill.training.distill`, which prepares all of this.
+
+    Args:
+        dmd: the roles; its student and fake score are trained in place.
+        conditions: (P, L, D) on the networks' device; one is drawn uniformly per sample.
+        sample_shape: of one sample, without the batch.
+        pairs: for the regression term; needed if its weight is above 0.
+        callback: called every `report_every` student updates and after the last one; returning True ends the run.
+
+    Raises:
+        GradientContractError: before the first update, if a loss would move another role than its own.
+        FloatingPointError: a gradient is not finite; roles are as they were before that update.
+    """
+    config = dmd.config
+    if config.regression_weight > 0 and pairs is None:
+        raise ValueError(f"regression_weight {config.regression_weight} needs pairs; got None")
+    generator = torch.Generator().manual_seed(config.seed)
+    _check_contract(dmd, conditions, sample_shape)
+
+    student = _updater(dmd.student, config, config.learning_rate, config.iterations)
+    fake_score = _updater(dmd.fake_score, config, config.critic_learning_rate, config.iterations * config.critic_ratio)
+    average = EMA(dmd.student, config.ema_decay)
+    losses: dict[str, Tensor | float] = {}
+    start = time.perf_counter()
+    while student.updates < config.iterations:
+        noise, condition = _draw(conditions, sample_shape, config.batch_size, generator)
+        # The fake score learns on every batch, the student on every N-th, which both then share.
+        if (fake_score.updates + 1) % config.critic_ratio == 0:
+            x = dmd.generate(noise, condition)
+            loss, stats = dmd.distribution_loss(x, condition, generator)
+            losses["dmd"], losses["guarded"] = loss.detach(), stats.guarded / x.numel()
+            if config.regression_weight > 0:
+                chosen = torch.randint(len(pairs.noise), (config.batch_size,), generator=generator).to(x.device)
+                regression = dmd.regression_loss(
+                    pairs.noise[chosen], pairs.sample[chosen], conditions[pairs.condition[chosen]]
+                )
+                losses["regression"] = regression.detach()
+                loss = loss + config.regression_weight * regression
+            student.step(loss)
+            average.update(dmd.student)
+        else:
+            with torch.no_grad():
+                x = dmd.generate(noise, condition)
+        fake_loss = dmd.fake_score_loss(x, condition, generator)
+        losses["fake_score"] = fake_loss.detach()
+        fake_score.step(fake_loss)
+        if fake_score.updates % config.critic_ratio == 0 and _is_report(student.updates, config) and callback:
+            seconds = time.perf_counter() - start
+            read = {name: float(value) for name, value in losses.items()}
+            if callback(DMDProgress(student.updates, config.iterations, seconds, read, average.network)):
+                break
+    return DMDRun(
+        student=average.network,
+        updates={"student": student.updates, "fake_score": fake_score.updates},
+        seconds=time.perf_counter() - start,
+        losses={name: float(value) for name, value in losses.items()},
+    )
+
+
+def _check_contract(dmd: DMD, conditions: Tensor, sample_shape: tuple[int, ...]) -> None:
+    """On a small batch with random numbers of its own, so that a run's own do not depend on this check."""
+    generator = torch.Generator().manual_seed(dmd.config.seed)
+    noise, condition = _draw(conditions, sample_shape, min(4, dmd.config.batch_size), generator)
+
+    def distribution() -> Tensor:
+        return dmd.distribution_loss(dmd.generate(noise, condition), condition, generator)[0]
+
+    def regression() -> Tensor:
+        return dmd.regression_loss(noise, torch.zeros_like(noise), condition)
+
+    def fake_score() -> Tensor:
+        return dmd.fake_score_loss(dmd.generate(noise, condition), condition, generator)
+
+    losses = {"dmd": ("student", distribution), "fake_score": ("fake_score", fake_score)}
+    if dmd.config.regression_weight > 0:
+        losses["regression"] = ("student", regression)
+    with nudged(dmd.fake_score):  # it starts as the teacher's copy, and equal scores give a gradient of zero
+        check_gradient_contract(dmd.roles, losses)
+
+
+def _draw(
+    conditions: Tensor, sample_shape: tuple[int, ...], batch_size: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Random numbers come from the CPU whatever the device: one seed, one run."""
+    noise = torch.randn(batch_size, *sample_shape, generator=generator).to(conditions)
+    chosen = torch.randint(len(conditions), (batch_size,), generator=generator)
+    return noise, conditions[chosen.to(conditions.device)]
+
+
+def _updater(network: nn.Module, config: DMDConfig, learning_rate: float, updates: int) -> RoleUpdater:
+    return RoleUpdater(
+        network,
+        learning_rate=learning_rate,
+        betas=(config.beta1, config.beta2),
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        schedule=warm_up_then_decay(updates, config.warm_up, config.decay),
+    )
+
+
+def _is_report(update: int, config: DMDConfig) -> bool:
+    return update % config.report_every == 0 or update == config.iterations
+
+
+def _require(name: str, value: float, holds: bool, needed: str) -> None:
+    if not holds:
+        raise ValueError(f"{name} must be {needed}; got {value}")

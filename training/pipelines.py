@@ -1,0 +1,147 @@
+"""From a teacher's diffusers pipeline to what a loop needs, and from a student back to a pipeline folder."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from diffusers import DDIMScheduler, DiffusionPipeline
+
+FACTS_FILE = "fastdistill.json"
+
+
+class TeacherError(ValueError):
+    """A pipeline that this loop cannot distil; the message is one line that says what is missing."""
+
+
+def check_teacher(pipeline: DiffusionPipeline) -> None:
+    """Raise a `TeacherError` unless this is a text-to-image pipeline like Stable Diffusion 1 or 2."""
+    name = type(pipeline).__name__
+    for part in ("unet", "text_encoder", "tokenizer", "scheduler"):
+        if getattr(pipeline, part, None) is None:
+            raise TeacherError(f"teacher {name} has no {part}; needed a pipeline like Stable Diffusion 1 or 2")
+    unet = pipeline.unet.config
+    if unet.get("addition_embed_type") is not None:
+        raise TeacherError(f"teacher {name} needs pooled text and time ids (SDXL), which this loop does not pass yet")
+    if unet.get("time_cond_proj_dim") is not None:
+        raise TeacherError(f"teacher {name} is guidance-distilled (it embeds the guidance scale): use its own teacher")
+    if not isinstance(getattr(pipeline.scheduler, "alphas_cumprod", None), Tensor):
+        raise TeacherError(
+            f"teacher {name} with {type(pipeline.scheduler).__name__} is a flow model; "
+            "this loop distils variance-preserving teachers (with alphas_cumprod) only"
+        )
+
+
+@torch.no_grad()
+def encode_prompts(pipeline: DiffusionPipeline, prompts: list[str], batch_size: int = 256) -> Tensor:
+    """The text encoder's states (P, L, D) float32 of all prompts, on the pipeline's device."""
+    encoded = [
+        pipeline.encode_prompt(prompts[i : i + batch_size], pipeline.unet.device, 1, False)[0].float()
+        for i in range(0, len(prompts), batch_size)
+    ]
+    return torch.cat(encoded)
+
+
+def one_step_scheduler(scheduler, timestep: int) -> DDIMScheduler:
+    """A DDIM scheduler whose single step starts from unit noise at `timestep` and ends in the student's x0.
+
+    The last timestep is what "trailing" spacing starts from; any other is spelled as "leading" spacing with that
+    offset. An epsilon network at pure noise is read with the coefficients before the terminal SNR was set to zero,
+    which is the same scheduler without the rescaling.
+    """
+    from diffusers import DDIMScheduler
+
+    config = dict(scheduler.config)
+    last = config["num_train_timesteps"] - 1
+    options = {"timestep_spacing": "trailing"} if timestep == last else {"timestep_spacing": "leading"}
+    options["steps_offset"] = timestep if timestep < last else config.get("steps_offset", 1)
+    if config.get("prediction_type", "epsilon") == "epsilon":
+        options["rescale_betas_zero_snr"] = False
+    return DDIMScheduler.from_config(config, set_alpha_to_one=True, clip_sample=False, thresholding=False, **options)
+
+
+def one_step_pipeline(teacher: DiffusionPipeline, student: nn.Module, timestep: int) -> DiffusionPipeline:
+    """The teacher's pipeline with the student's network and a one-step scheduler; all else is shared, not copied.
+
+    Sample with `num_inference_steps=1, guidance_scale=1.0`.
+    """
+    pipeline = copy.copy(teacher)
+    pipeline.register_modules(unet=student, scheduler=one_step_scheduler(teacher.scheduler, timestep))
+    return pipeline
+
+
+def save_pipeline(pipeline: DiffusionPipeline, folder: str | Path, facts: dict, frozen_parts: str | Path | None = None):
+    """Write a pipeline folder that plain diffusers opens, replacing `folder` only once everything is written.
+
+    Args:
+        pipeline: its UNet is saved as float16, its scheduler as it is.
+        folder: an existing pipeline folder is replaced; anything else that is not empty raises.
+        facts: what it was trained with and how to sample it, as `fastdistill.json` beside `model_index.json`.
+        frozen_parts: the teacher's folder, whose other components are then copied byte for byte. Without it they are
+            saved from memory, in their dtype.
+
+    Raises:
+        FileExistsError: `folder` holds something else.
+    """
+    folder = Path(folder)
+    check_output_folder(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+        fresh = Path(scratch) / folder.name
+        if frozen_parts is None:
+            pipeline.save_pretrained(fresh, safe_serialization=True)
+            shutil.rmtree(fresh / "unet")
+        else:
+            _copy_frozen_parts(pipeline, Path(frozen_parts), fresh)
+        copy.deepcopy(pipeline.unet).to(torch.float16).save_pretrained(fresh / "unet", safe_serialization=True)
+        pipeline.scheduler.save_pretrained(fresh / "scheduler")
+        for config in (fresh / "unet" / "config.json", fresh / "scheduler" / "scheduler_config.json"):
+            content = json.loads(config.read_text(encoding="utf-8"))
+            content.pop("_name_or_path", None)  # where it was loaded from means nothing to others
+            config.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        (fresh / FACTS_FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        for path in fresh.rglob("*"):
+            path.chmod(0o755 if path.is_dir() else 0o644)
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(fresh, folder)
+
+
+def check_output_folder(folder: str | Path) -> None:
+    """Raise unless `folder` is new, empty, or a pipeline folder (to be replaced), in a place that can be written."""
+    folder = Path(folder)
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / "model_index.json").is_file()):
+        raise FileExistsError(f"{folder} exists and is not a pipeline folder; it is left as it is")
+    parent = next(p for p in folder.absolute().parents if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise PermissionError(f"{folder} cannot be written: no permission in {parent}")
+
+
+def weights_digest(network: nn.Module) -> str:
+    """SHA-256 over names, dtypes and bytes of a network's weights, to tell which teacher a student had."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _copy_frozen_parts(pipeline: DiffusionPipeline, source: Path, target: Path) -> None:
+    target.mkdir(parents=True)
+    for part in source.iterdir():
+        if part.is_dir() and part.name not in ("unet", "scheduler") and not part.name.startswith("."):
+            shutil.copytree(part, target / part.name)
+    index = json.loads((source / "model_index.json").read_text(encoding="utf-8"))
+    index.pop("_name_or_path", None)
+    index["scheduler"] = ["diffusers", type(pipeline.scheduler).__name__]
+    (target / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
