@@ -218,10 +218,6 @@ class build_libraries(build_ext):
             if reason:
                 print(f"fastdistill: the _{name} library is not built: {reason}", file=sys.stderr)
         wanted = [e for e in self.extensions if not record[e.name.rpartition("._")[2]]]
-        # Setuptools copies what is listed here; a library left from an earlier build must not pass for a new one.
-        for extension in self.extensions:
-            if extension not in wanted:
-                self._in_source(extension).unlink(missing_ok=True)
         self.extensions = wanted
 
         if wanted:
@@ -241,6 +237,9 @@ class build_libraries(build_ext):
         self._write_record(record)
 
     def copy_extensions_to_source(self) -> None:
+        # A library left from an earlier build must not pass for a new one.
+        for library in (Path(__file__).resolve().parent / "fastdistill").glob("_c*.so"):
+            library.unlink()
         super().copy_extensions_to_source()
         shutil.copy(self._record_path(), Path(__file__).resolve().parent / "fastdistill" / "_build.json")
 
@@ -250,9 +249,6 @@ class build_libraries(build_ext):
     def _write_record(self, record: dict) -> None:
         self._record_path().parent.mkdir(parents=True, exist_ok=True)
         self._record_path().write_text(json.dumps(record, indent=1) + "\n")
-
-    def _in_source(self, extension: Extension) -> Path:
-        return Path(__file__).resolve().parent / self.get_ext_filename(extension.name)
 
 
 class wheel_for_every_python(bdist_wheel):

@@ -38,7 +38,7 @@ def eager(name: str, function: Callable[..., object]) -> Provider:
 
 
 def compiled(name: str, function: Callable[..., object]) -> Provider:
-    """`torch.compile(function)`, compiled anew for each row: torch would otherwise stop compiling after a few shapes."""
+    """`torch.compile(function)`, compiled anew for each row: torch would stop compiling after a few shapes."""
 
     def prepare(_: Inputs) -> Callable[..., object]:
         torch.compiler.reset()

@@ -50,25 +50,21 @@ def table(rows: Sequence[Row]) -> Table:
 
 def _cells(row: Row) -> list[str | Text]:
     key, speed, accuracy = row.key, row.speed, row.accuracy
+    verdict = "FAILED" if row.status == "failed" else row.status
     ratio = Text(f"{speed.ratio:.2f}x", style="green" if speed.ratio >= 1 else "red")
     return [
         *(key.op, key.mode, key.dtype, key.layout, key.cache, key.provider, key.case),
-        *(
-            f"{speed.ours_us:.1f}",
-            f"{speed.baseline_us:.1f}",
-            ratio,
-            f"{speed.ratio_low:.2f}",
-            f"{speed.ratio_high:.2f}",
-        ),
+        *(f"{speed.ours_us:.1f}", f"{speed.baseline_us:.1f}", ratio),
+        *(f"{speed.ratio_low:.2f}", f"{speed.ratio_high:.2f}"),
         *(accuracy.result, f"{accuracy.error:.1e}", f"{accuracy.baseline_error:.1e}", f"{accuracy.allowed:.1e}"),
-        Text(row.status.upper() if row.status == "failed" else row.status, style=_STYLES[row.status]),
+        Text(verdict, style=_STYLES[row.status]),
     ]
 
 
 def print_wide(console: Console, wide: Table) -> None:
     """Print a table at its natural width: a narrow terminal wraps its lines, a file holds them whole."""
-    natural = console.measure(wide, options=console.options.update(max_width=10_000)).maximum
-    console.print(wide, width=max(console.width, natural), crop=False, soft_wrap=True)
+    console.width = max(console.width, console.measure(wide, options=console.options.update(width=10_000)).maximum)
+    console.print(wide)
 
 
 def groups(rows: Sequence[Row]) -> dict[tuple[str, ...], list[Row]]:

@@ -43,7 +43,7 @@ class Row:
     def __post_init__(self) -> None:
         measured = self.speed is not None and self.accuracy is not None
         absent = self.speed is None and self.accuracy is None
-        if not (measured and not self.missing or absent and self.missing):
+        if not (absent if self.missing else measured):
             raise ValueError(f"a row holds a speed and an accuracy, or the reason why it does not: {self}")
 
     @property

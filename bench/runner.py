@@ -10,7 +10,7 @@ import torch
 
 from fastdistill.bench import accuracy, environment
 from fastdistill.bench.benchmark import Benchmark, Case, Inputs, Provider
-from fastdistill.bench.modes import MODES, Step
+from fastdistill.bench.modes import MODES
 from fastdistill.bench.rows import Key, Row
 from fastdistill.bench.timing import Speed, time_pairs
 
@@ -25,8 +25,11 @@ _SEED = 0
 
 @dataclass(frozen=True)
 class Selection:
-    """What of one op is to be measured. `pairs`: interleaved samples per row; `cache`: "hot" calls on one set of inputs,
-    "cold" rotates through sets that together are twice the last-level cache."""
+    """What of one op is to be measured.
+
+    `pairs`: interleaved samples per row. `caches`: "hot" calls on one set of inputs, "cold" rotates through sets that
+    together are twice the last-level cache.
+    """
 
     benchmark: Benchmark
     cases: tuple[Case, ...]

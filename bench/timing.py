@@ -1,8 +1,8 @@
 """CPU timing: two things run in turn in one process.
 
 An absolute CPU time means little on a machine that others use too, or whose clock moves; the ratio of two calls made
-right after each other does. So the two are measured in pairs, A B B A A B …, and what is reported is the distribution of
-the per-pair ratio.
+right after each other does. So the two are measured in pairs, A B B A A B …, and the distribution of the per-pair ratio
+is reported.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -27,9 +28,6 @@ class _OneLineErrors(TyperGroup):
     def main(self, args: Sequence[str] | None = None, **_) -> NoReturn:
         try:
             code = super().main(args=args, prog_name=PROGRAM, standalone_mode=False)
-        except BrokenPipeError:  # the reader of our output went away (`fastdistill info | head -1`)
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            code = 1
         except (KeyboardInterrupt, typer.Abort):
             code = _complain("interrupted", 130)
         except Exception as error:
@@ -113,20 +111,74 @@ def generate(
     prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="One image is made of each.")],
     model: Annotated[str, typer.Option(help="A bundled name, or a folder in the diffusers layout.")] = "digits-dmd",
     out: Annotated[
-        Path, typer.Option(metavar="FILE.png", help="Several prompts without --grid: FILE-0.png, FILE-1.png, ...")
+        Path, typer.Option(metavar="FILE.png", help="Several prompts without --grid make FILE-0.png, FILE-1.png, ...")
     ] = Path("generated.png"),
-    seed: Annotated[int, typer.Option(help="Image i is made from seed + i.")] = 0,
-    steps: Annotated[int, typer.Option(help="Denoising steps; a distilled student needs 1.")] = 1,
-    guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance; up to 1 is off.")] = 0.0,
-    grid: Annotated[bool, typer.Option("--grid", help="All images in one picture.")] = False,
-    scale: Annotated[int, typer.Option(help="Enlarge the images this many times.")] = 1,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; by default a GPU if there is one.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Image i starts from the noise of seed + i.")] = 0,
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps; a distilled student needs 1.")] = 1,
+    guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance; up to 1 it is off.")] = 0.0,
+    grid: Annotated[bool, typer.Option("--grid", help="Put all images into one picture, FILE.png.")] = False,
+    scale: Annotated[int, typer.Option(min=1, max=64, help="Enlarge each image this many times.")] = 1,
+    device: Annotated[
+        str | None, typer.Option(show_default="a GPU if there is one", help="cpu, cuda, cuda:1, ...")
+    ] = None,
 ) -> None:
     """Make an image of each prompt."""
-    from fastdistill import generating
+    for position, prompt in enumerate(prompts, start=1):
+        if not prompt.strip():
+            raise ValueError(f"prompt {position} of {len(prompts)} is empty; needed a few words, like 'a handwritten seven'")
+    if out.suffix.lower() != ".png":
+        raise ValueError(f"--out {out}: needed a name that ends in .png")
+    single = grid or len(prompts) == 1
+    paths = [out] if single else [out.with_stem(f"{out.stem}-{index}") for index in range(len(prompts))]
 
-    request = generating.Request(
-        tuple(prompts), model, out, seed=seed, steps=steps, guidance_scale=guidance_scale, grid=grid, scale=scale
+    from fastdistill import _output
+    from fastdistill.models import resolve_model
+
+    for path in paths:
+        _output.check_file(path)
+    resolve_model(model)
+
+    from fastdistill import OneStepPipeline, _pictures
+
+    start = time.perf_counter()
+    pipe = OneStepPipeline.from_pretrained(model, device=device)
+    loaded = time.perf_counter()
+    images = pipe(prompts, seed=seed, steps=steps, guidance_scale=guidance_scale)
+    made = time.perf_counter()
+
+    pictures = [_pictures.enlarge(image, scale) for image in images]
+    texts = [" | ".join(prompts)] if single else prompts
+    if grid:
+        pictures = [_pictures.grid(pictures)]
+    _output.write_files(
+        {
+            path: _pictures.png(picture, {"prompt": text, "parameters": f"model={model} steps={steps} seed={seed}"})
+            for path, picture, text in zip(paths, pictures, texts)
+        }
     )
-    for line in generating.generate(request, device=device):
-        print(line)
+    for path, picture in zip(paths, pictures):
+        print(f"{path}  {picture.width} x {picture.height}")
+    print(
+        f"{len(images)} image{'s' if len(images) > 1 else ''} by {model} in {steps} step{'s' if steps > 1 else ''}: "
+        f"{1000 * (made - loaded) / len(images):.1f} ms per image, first call included; "
+        f"the model was loaded in {loaded - start:.1f} s"
+    )
+
+
+_PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+
+@app.command(context_settings=_PASS_ON, add_help_option=False)
+def bench(ctx: typer.Context) -> None:
+    """Measure an op against PyTorch: the arguments of `python -m fastdistill.bench`."""
+    from fastdistill.bench.__main__ import main as run
+
+    raise typer.Exit(run(ctx.args) or 0)
+
+
+@app.command(context_settings=_PASS_ON, add_help_option=False)
+def train(ctx: typer.Context) -> None:
+    """Distil a model into one step: the arguments of `python -m fastdistill.training`."""
+    from fastdistill.training.__main__ import main as run
+
+    raise typer.Exit(run(ctx.args) or 0)

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from fastdistill.models import ModelError
+from fastdistill.models import ModelError, resolve_model
 
 from .distill import distill
 from .dmd import DMDConfig, DMDProgress
@@ -47,6 +47,7 @@ def dmd(
         config = _config(settings or [], iterations=iterations, seed=seed)
         lines = _prompts(prompts)
         check_output_folder(out)
+        resolve_model(teacher)
         with _progress_bar() as bar:
             task = bar.add_task("preparing pairs", total=config.iterations)
             result = distill(teacher, lines, config, device=device, callback=lambda p: _show(bar, task, p))

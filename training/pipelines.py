@@ -55,19 +55,27 @@ def encode_prompts(pipeline: DiffusionPipeline, prompts: list[str], batch_size: 
 def one_step_scheduler(scheduler, timestep: int) -> DDIMScheduler:
     """A DDIM scheduler whose single step starts from unit noise at `timestep` and ends in the student's x0.
 
-    The last timestep is what "trailing" spacing starts from; any other is spelled as "leading" spacing with that
-    offset. An epsilon network at pure noise is read with the coefficients before the terminal SNR was set to zero,
-    which is the same scheduler without the rescaling.
+    "Trailing" spacing starts from the last timestep. For any other one the schedule is cut off behind it: pipelines
+    overwrite a "leading" scheduler's offset when they are opened. An epsilon network at pure noise is read with the
+    coefficients from before the terminal SNR was set to zero, which is the scheduler without the rescaling.
     """
     from diffusers import DDIMScheduler
 
     config = dict(scheduler.config)
-    last = config["num_train_timesteps"] - 1
-    options = {"timestep_spacing": "trailing"} if timestep == last else {"timestep_spacing": "leading"}
-    options["steps_offset"] = timestep if timestep < last else config.get("steps_offset", 1)
-    if config.get("prediction_type", "epsilon") == "epsilon":
-        options["rescale_betas_zero_snr"] = False
-    return DDIMScheduler.from_config(config, set_alpha_to_one=True, clip_sample=False, thresholding=False, **options)
+    if timestep < config["num_train_timesteps"] - 1:
+        config["num_train_timesteps"] = timestep + 1
+        config["trained_betas"] = scheduler.betas[: timestep + 1].tolist()
+        config["rescale_betas_zero_snr"] = False  # these betas are rescaled already, if they are
+    elif config.get("prediction_type", "epsilon") == "epsilon":
+        config["rescale_betas_zero_snr"] = False
+    return DDIMScheduler.from_config(
+        config,
+        timestep_spacing="trailing",
+        steps_offset=1,
+        set_alpha_to_one=True,
+        clip_sample=False,
+        thresholding=False,
+    )
 
 
 def one_step_pipeline(teacher: DiffusionPipeline, student: nn.Module, timestep: int) -> DiffusionPipeline:
@@ -103,7 +111,8 @@ def save_pipeline(pipeline: DiffusionPipeline, folder: str | Path, facts: dict, 
             shutil.rmtree(fresh / "unet")
         else:
             _copy_frozen_parts(pipeline, Path(frozen_parts), fresh)
-        copy.deepcopy(pipeline.unet).to(torch.float16).save_pretrained(fresh / "unet", safe_serialization=True)
+        unet = copy.deepcopy(pipeline.unet).to(torch.float16, memory_format=torch.contiguous_format)
+        unet.save_pretrained(fresh / "unet", safe_serialization=True)
         pipeline.scheduler.save_pretrained(fresh / "scheduler")
         for config in (fresh / "unet" / "config.json", fresh / "scheduler" / "scheduler_config.json"):
             content = json.loads(config.read_text(encoding="utf-8"))

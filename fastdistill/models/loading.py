@@ -68,7 +68,7 @@ def load_pipeline(name_or_path: str | Path, dtype: torch.dtype | None = None):
     from safetensors import SafetensorError
 
     try:
-        with _quiet():
+        with quiet_libraries():
             # low_cpu_mem_usage needs accelerate, which is not a dependency, and warns without it.
             pipeline = DiffusionPipeline.from_pretrained(
                 folder, torch_dtype=dtype or torch.float32, low_cpu_mem_usage=False, local_files_only=True
@@ -126,7 +126,7 @@ def _one_line(error: BaseException) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_libraries() -> Iterator[None]:
     """Progress bars and remarks of diffusers and transformers off, and back as they were."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging

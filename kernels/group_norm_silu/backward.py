@@ -16,9 +16,52 @@ import triton
 import triton.language as tl
 
 from ..launch import Launch
-from .arguments import channel_arguments, stride_arguments
+from .plan import Arguments, channel_arguments, plan_whole, stride_arguments
 from .device import activation_gradient, group_totals, load_channel_values, tile_pointers
-from .tiles import MAX_WHOLE_BACKWARD, SPLIT_WARPS, Problem, SplitTile, WholeTile, choose_split_tile, choose_whole_tile
+from .tiles import MAX_WHOLE_BACKWARD, SPLIT_WARPS, Problem, SplitTile, choose_split_tile, choose_whole_tile
+
+
+@triton.jit
+def _load_channels(
+    mean_ptr,
+    rstd_ptr,
+    weight_ptr,
+    bias_ptr,
+    add_ptr,
+    weight_stride,
+    bias_stride,
+    add_stride_n,
+    add_stride_c,
+    n,
+    c,
+    group,
+    mask,
+):
+    """mean, rstd, weight, bias and add of each channel, float32."""
+    mean = tl.load(mean_ptr + group, mask=mask, other=0.0)
+    rstd = tl.load(rstd_ptr + group, mask=mask, other=0.0)
+    weight = load_channel_values(weight_ptr, c * weight_stride, mask, 1.0)
+    bias = load_channel_values(bias_ptr, c * bias_stride, mask, 0.0)
+    add = load_channel_values(add_ptr, n * add_stride_n + c * add_stride_c, mask, 0.0)
+    return mean, rstd, weight, bias, add
+
+
+@triton.jit
+def _xhat_and_dz(x, grad_y, mean, rstd, weight, bias, add, SILU: tl.constexpr):
+    xhat = ((x.to(tl.float32) + add[:, None]) - mean[:, None]) * rstd[:, None]
+    dz = activation_gradient(grad_y.to(tl.float32), xhat * weight[:, None] + bias[:, None], SILU)
+    return xhat, dz
+
+
+@triton.jit
+def _grad_x(xhat, dz, rstd, weight, mean_dz, mean_dz_xhat):
+    return rstd[:, None] * (weight[:, None] * dz - mean_dz[:, None] - xhat * mean_dz_xhat[:, None])
+
+
+@triton.jit
+def _grad_add(pixels, sum_dz, sum_xhat, rstd, weight, mean_dz, mean_dz_xhat):
+    """_grad_x summed over the pixels of a channel."""
+    return rstd * (weight * sum_dz - pixels * mean_dz - sum_xhat * mean_dz_xhat)
 
 
 @triton.jit
@@ -71,31 +114,41 @@ def _backward_whole_kernel(
     slot = tl.where(in_tile, lane // channels_per_group, BLOCK_G)
 
     group = n * groups + c // channels_per_group
-    mean = tl.load(mean_ptr + group, mask=in_tile, other=0.0)
-    rstd = tl.load(rstd_ptr + group, mask=in_tile, other=0.0)
-    weight = load_channel_values(weight_ptr, c * weight_stride, in_tile, 1.0)
-    bias = load_channel_values(bias_ptr, c * bias_stride, in_tile, 0.0)
-    add = load_channel_values(add_ptr, n * add_stride_n + c * add_stride_c, in_tile, 0.0)
+    mean, rstd, weight, bias, add = _load_channels(
+        mean_ptr,
+        rstd_ptr,
+        weight_ptr,
+        bias_ptr,
+        add_ptr,
+        weight_stride,
+        bias_stride,
+        add_stride_n,
+        add_stride_c,
+        n,
+        c,
+        group,
+        in_tile,
+    )
 
     x = tl.load(tile_pointers(x_ptr, n, c, s, x_stride_n, x_stride_c, x_stride_s), mask=mask, other=0.0)
     grad_y_ptrs = tile_pointers(grad_y_ptr, n, c, s, grad_y_stride_n, grad_y_stride_c, grad_y_stride_s)
-    grad_y = tl.load(grad_y_ptrs, mask=mask, other=0.0).to(tl.float32)
-    xhat = tl.where(mask, ((x.to(tl.float32) + add[:, None]) - mean[:, None]) * rstd[:, None], 0.0)
-    dz = tl.where(mask, activation_gradient(grad_y, xhat * weight[:, None] + bias[:, None], SILU), 0.0)
+    grad_y = tl.load(grad_y_ptrs, mask=mask, other=0.0)
+    xhat, dz = _xhat_and_dz(x, grad_y, mean, rstd, weight, bias, add, SILU)
+    xhat, dz = tl.where(mask, xhat, 0.0), tl.where(mask, dz, 0.0)
 
     sum_dz = tl.sum(dz, axis=1)
     sum_dz_xhat = tl.sum(dz * xhat, axis=1)
     sum_xhat = tl.sum(xhat, axis=1)
     mean_dz = group_totals(weight * sum_dz, slot, BLOCK_G) / elements
     mean_dz_xhat = group_totals(weight * sum_dz_xhat, slot, BLOCK_G) / elements
-    grad_x = rstd[:, None] * (weight[:, None] * dz - mean_dz[:, None] - xhat * mean_dz_xhat[:, None])
+    grad_x = _grad_x(xhat, dz, rstd, weight, mean_dz, mean_dz_xhat)
     grad_x_ptrs = tile_pointers(grad_x_ptr, n, c, s, grad_x_stride_n, grad_x_stride_c, grad_x_stride_s)
     tl.store(grad_x_ptrs, grad_x.to(grad_x_ptr.dtype.element_ty), mask=mask)
 
     channel = n * channels + c
     tl.store(sum_dz_ptr + channel, sum_dz, mask=in_tile)
     tl.store(sum_dz_xhat_ptr + channel, sum_dz_xhat, mask=in_tile)
-    grad_add = rstd * (weight * sum_dz - pixels * mean_dz - sum_xhat * mean_dz_xhat)
+    grad_add = _grad_add(pixels, sum_dz, sum_xhat, rstd, weight, mean_dz, mean_dz_xhat)
     tl.store(grad_add_ptr + channel, grad_add, mask=in_tile)
 
 
@@ -142,11 +195,21 @@ def _gradient_sums_kernel(
     in_channels = c < channels
 
     group = n * groups + c // channels_per_group
-    mean = tl.load(mean_ptr + group, mask=in_channels, other=0.0)
-    rstd = tl.load(rstd_ptr + group, mask=in_channels, other=0.0)
-    weight = load_channel_values(weight_ptr, c * weight_stride, in_channels, 1.0)
-    bias = load_channel_values(bias_ptr, c * bias_stride, in_channels, 0.0)
-    add = load_channel_values(add_ptr, n * add_stride_n + c * add_stride_c, in_channels, 0.0)
+    mean, rstd, weight, bias, add = _load_channels(
+        mean_ptr,
+        rstd_ptr,
+        weight_ptr,
+        bias_ptr,
+        add_ptr,
+        weight_stride,
+        bias_stride,
+        add_stride_n,
+        add_stride_c,
+        n,
+        c,
+        group,
+        in_channels,
+    )
 
     x_ptrs = tile_pointers(x_ptr, n, c, s, x_stride_n, x_stride_c, x_stride_s)
     grad_y_ptrs = tile_pointers(grad_y_ptr, n, c, s, grad_y_stride_n, grad_y_stride_c, grad_y_stride_s)
@@ -155,10 +218,10 @@ def _gradient_sums_kernel(
     sum_xhat = tl.zeros((BLOCK_C, BLOCK_S), tl.float32)
     for offset in range(0, stop - start, BLOCK_S):
         mask = in_channels[:, None] & (s + offset < stop)[None, :]
-        x = tl.load(x_ptrs + offset * x_stride_s, mask=mask, other=0.0).to(tl.float32)
-        grad_y = tl.load(grad_y_ptrs + offset * grad_y_stride_s, mask=mask, other=0.0).to(tl.float32)
-        xhat = tl.where(mask, ((x + add[:, None]) - mean[:, None]) * rstd[:, None], 0.0)
-        dz = tl.where(mask, activation_gradient(grad_y, xhat * weight[:, None] + bias[:, None], SILU), 0.0)
+        x = tl.load(x_ptrs + offset * x_stride_s, mask=mask, other=0.0)
+        grad_y = tl.load(grad_y_ptrs + offset * grad_y_stride_s, mask=mask, other=0.0)
+        xhat, dz = _xhat_and_dz(x, grad_y, mean, rstd, weight, bias, add, SILU)
+        xhat, dz = tl.where(mask, xhat, 0.0), tl.where(mask, dz, 0.0)
         sum_dz += dz
         sum_dz_xhat += dz * xhat
         sum_xhat += xhat
@@ -270,20 +333,29 @@ def _apply_gradient_kernel(
     mask = in_channels[:, None] & (s < pixels)[None, :]
 
     group = n * groups + c // channels_per_group
-    mean = tl.load(mean_ptr + group, mask=in_channels, other=0.0)
-    rstd = tl.load(rstd_ptr + group, mask=in_channels, other=0.0)
+    mean, rstd, weight, bias, add = _load_channels(
+        mean_ptr,
+        rstd_ptr,
+        weight_ptr,
+        bias_ptr,
+        add_ptr,
+        weight_stride,
+        bias_stride,
+        add_stride_n,
+        add_stride_c,
+        n,
+        c,
+        group,
+        in_channels,
+    )
     mean_dz = tl.load(mean_dz_ptr + group, mask=in_channels, other=0.0)
     mean_dz_xhat = tl.load(mean_dz_xhat_ptr + group, mask=in_channels, other=0.0)
-    weight = load_channel_values(weight_ptr, c * weight_stride, in_channels, 1.0)
-    bias = load_channel_values(bias_ptr, c * bias_stride, in_channels, 0.0)
-    add = load_channel_values(add_ptr, n * add_stride_n + c * add_stride_c, in_channels, 0.0)
 
     x = tl.load(tile_pointers(x_ptr, n, c, s, x_stride_n, x_stride_c, x_stride_s), mask=mask, other=0.0)
     grad_y_ptrs = tile_pointers(grad_y_ptr, n, c, s, grad_y_stride_n, grad_y_stride_c, grad_y_stride_s)
-    grad_y = tl.load(grad_y_ptrs, mask=mask, other=0.0).to(tl.float32)
-    xhat = ((x.to(tl.float32) + add[:, None]) - mean[:, None]) * rstd[:, None]
-    dz = activation_gradient(grad_y, xhat * weight[:, None] + bias[:, None], SILU)
-    grad_x = rstd[:, None] * (weight[:, None] * dz - mean_dz[:, None] - xhat * mean_dz_xhat[:, None])
+    grad_y = tl.load(grad_y_ptrs, mask=mask, other=0.0)
+    xhat, dz = _xhat_and_dz(x, grad_y, mean, rstd, weight, bias, add, SILU)
+    grad_x = _grad_x(xhat, dz, rstd, weight, mean_dz, mean_dz_xhat)
     grad_x_ptrs = tile_pointers(grad_x_ptr, n, c, s, grad_x_stride_n, grad_x_stride_c, grad_x_stride_s)
     tl.store(grad_x_ptrs, grad_x.to(grad_x_ptr.dtype.element_ty), mask=mask)
 
@@ -291,7 +363,7 @@ def _apply_gradient_kernel(
         channel = n * channels + c
         sum_dz = tl.load(sum_dz_ptr + channel, mask=in_channels, other=0.0)
         sum_xhat = tl.load(sum_xhat_ptr + channel, mask=in_channels, other=0.0)
-        grad_add = rstd * (weight * sum_dz - pixels * mean_dz - sum_xhat * mean_dz_xhat)
+        grad_add = _grad_add(pixels, sum_dz, sum_xhat, rstd, weight, mean_dz, mean_dz_xhat)
         tl.store(grad_add_ptr + channel, grad_add, mask=in_channels)
 
 
@@ -318,3 +390,86 @@ def _sum_over_batch_kernel(
     c = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     tl.store(grad_weight_ptr + c, tl.sum(grad_weight, axis=0), mask=c < channels)
     tl.store(grad_bias_ptr + c, tl.sum(grad_bias, axis=0), mask=c < channels)
+
+
+COMBINE_BLOCK = {"BLOCK_K": 64, "BLOCK_C": 16}  # partials and channels per step: one compiled version for every problem
+BATCH_BLOCK = {"BLOCK_N": 32, "BLOCK_C": 32}
+COMBINE_WARPS = 4
+
+
+def plan_backward(
+    grad_y: torch.Tensor,
+    x: torch.Tensor,
+    num_groups: int,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    add: torch.Tensor | None,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    silu: bool,
+) -> tuple[list[Launch], tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Allocate (grad_x, grad_weight, grad_bias, grad_add) and plan the launches that fill them; `meta` tensors will do."""
+    problem = Problem.of(x, num_groups)
+    grad_x = torch.empty_like(x)
+    grad_add = x.new_empty((problem.batch, problem.channels), dtype=torch.float32)
+    sum_dz_xhat, sum_dz = torch.empty_like(grad_add), torch.empty_like(grad_add)
+    arguments = {"grad_y_ptr": grad_y, "x_ptr": x, "mean_ptr": mean, "rstd_ptr": rstd}
+    arguments |= {"grad_x_ptr": grad_x, "grad_add_ptr": grad_add}
+    arguments |= {"sum_dz_xhat_ptr": sum_dz_xhat, "sum_dz_ptr": sum_dz}
+    arguments |= problem.arguments() | stride_arguments(grad_y=grad_y, x=x, grad_x=grad_x)
+    arguments |= channel_arguments(weight, bias, add)
+
+    whole = choose_whole_tile(problem, MAX_WHOLE_BACKWARD)
+    if whole is not None:
+        launches = [plan_whole(_backward_whole_kernel, problem, whole, arguments, silu)]
+    else:
+        gradient_unit = "grad_y_stride_s" if problem.channels_last else "grad_y_stride_c"
+        tile = choose_split_tile(problem, mixed_layouts=arguments[gradient_unit] == 1)
+        launches = _plan_split(problem, tile, arguments, silu)
+
+    if problem.batch == 1:  # the sums over the pixels already are the gradients
+        return launches, (grad_x, sum_dz_xhat.view(-1), sum_dz.view(-1), grad_add)
+    grad_weight = x.new_empty((problem.channels,), dtype=torch.float32)
+    grad_bias = torch.empty_like(grad_weight)
+    sum_over_batch = Launch.of(
+        _sum_over_batch_kernel,
+        programs=triton.cdiv(problem.channels, BATCH_BLOCK["BLOCK_C"]),
+        arguments=arguments | {"grad_weight_ptr": grad_weight, "grad_bias_ptr": grad_bias},
+        constexprs=BATCH_BLOCK,
+        num_warps=COMBINE_WARPS,
+    )
+    return [*launches, sum_over_batch], (grad_x, grad_weight, grad_bias, grad_add)
+
+
+def _plan_split(problem: Problem, tile: SplitTile, arguments: Arguments, silu: bool) -> list[Launch]:
+    x = arguments["x_ptr"]
+    partial = x.new_empty((3, problem.batch, tile.splits, problem.channels), dtype=torch.float32)
+    sum_xhat = x.new_empty((problem.batch, problem.channels), dtype=torch.float32)
+    mean_dz = x.new_empty((problem.batch, problem.groups), dtype=torch.float32)
+    arguments = arguments | tile.arguments()
+    arguments |= {"partial_ptr": partial, "partial_stride": partial.stride(0), "sum_xhat_ptr": sum_xhat}
+    arguments |= {"mean_dz_ptr": mean_dz, "mean_dz_xhat_ptr": torch.empty_like(mean_dz)}
+    blocks = {"SILU": silu, "BLOCK_C": tile.block_c, "BLOCK_S": tile.block_s}
+    return [
+        Launch.of(
+            _gradient_sums_kernel,
+            programs=problem.batch * tile.splits * tile.channel_tiles,
+            arguments=arguments,
+            constexprs=blocks,
+            num_warps=SPLIT_WARPS,
+        ),
+        Launch.of(
+            _combine_gradient_sums_kernel,
+            programs=problem.batch * problem.groups,
+            arguments=arguments,
+            constexprs=COMBINE_BLOCK,
+            num_warps=COMBINE_WARPS,
+        ),
+        Launch.of(
+            _apply_gradient_kernel,
+            programs=problem.batch * tile.pixel_tiles * tile.channel_tiles,
+            arguments=arguments,
+            constexprs=blocks,
+            num_warps=SPLIT_WARPS,
+        ),
+    ]

@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 
 from ..launch import Launch
-from .arguments import channel_arguments, stride_arguments
+from .plan import Arguments, channel_arguments, plan_whole, stride_arguments
 from .device import activate, group_totals, load_channel_values, tile_pointers, two_sum
-from .tiles import MAX_WHOLE_FORWARD, SPLIT_WARPS, Problem, SplitTile, WholeTile, choose_split_tile, choose_whole_tile
+from .tiles import MAX_WHOLE_FORWARD, SPLIT_WARPS, Problem, SplitTile, choose_split_tile, choose_whole_tile
 
 
 @triton.jit
@@ -181,7 +181,9 @@ def _combine_moments_kernel(
         for k in range(0, splits, BLOCK_K):
             mask = (k + lane_k < splits) & in_group
             count = tl.minimum(pixels - (k + lane_k) * pixels_per_split, pixels_per_split).to(tl.float32)
-            means = tl.load(partial_mean_ptr + partial + (k + lane_k) * channels + offset + lane_c, mask=mask, other=0.0)
+            means = tl.load(
+                partial_mean_ptr + partial + (k + lane_k) * channels + offset + lane_c, mask=mask, other=0.0
+            )
             drift += tl.sum(tl.sum(tl.where(mask, (means - reference + add) * (count / elements), 0.0), axis=1), axis=0)
 
     m2 = 0.0
@@ -272,61 +274,44 @@ def plan_forward(
     y = torch.empty_like(x)
     mean = x.new_empty((problem.batch, problem.groups), dtype=torch.float32)
     rstd = torch.empty_like(mean)
-    images = {"x_ptr": x, "y_ptr": y, "channels": problem.channels, "pixels": problem.pixels}
-    images |= stride_arguments(x=x, y=y)
-    statistics = {"mean_ptr": mean, "rstd_ptr": rstd, "elements": float(problem.elements), "eps": float(eps)}
-    statistics |= {"groups": problem.groups, "channels_per_group": problem.channels_per_group}
-    statistics |= channel_arguments(weight, bias, add)
+    arguments = {"x_ptr": x, "y_ptr": y, "mean_ptr": mean, "rstd_ptr": rstd, "eps": float(eps)}
+    arguments |= problem.arguments() | stride_arguments(x=x, y=y) | channel_arguments(weight, bias, add)
 
     whole = choose_whole_tile(problem, MAX_WHOLE_FORWARD)
     if whole is not None:
-        launches = [_plan_whole(problem, whole, images | statistics, silu)]
+        launches = [plan_whole(_forward_whole_kernel, problem, whole, arguments, silu)]
     else:
-        launches = _plan_split(problem, choose_split_tile(problem), images, statistics, silu)
+        launches = _plan_split(problem, choose_split_tile(problem), arguments, silu)
     return launches, (y, mean, rstd)
 
 
-def _plan_whole(problem: Problem, tile: WholeTile, arguments: Arguments, silu: bool) -> Launch:
-    return Launch(
-        _forward_whole_kernel,
-        programs=problem.batch * tile.tiles(problem),
-        arguments=arguments | tile.arguments(problem),
-        constexprs={"SILU": silu} | tile.constexprs(),
-        num_warps=tile.num_warps,
-    )
-
-
-def _plan_split(
-    problem: Problem, tile: SplitTile, images: Arguments, statistics: Arguments, silu: bool
-) -> list[Launch]:
-    x = images["x_ptr"]
+def _plan_split(problem: Problem, tile: SplitTile, arguments: Arguments, silu: bool) -> list[Launch]:
+    x = arguments["x_ptr"]
     partial_mean = x.new_empty((problem.batch, tile.splits, problem.channels), dtype=torch.float32)
     coefficients = x.new_empty((3, problem.batch, problem.channels), dtype=torch.float32)
-    partials = {"partial_mean_ptr": partial_mean, "partial_m2_ptr": torch.empty_like(partial_mean)}
-    partials |= {"splits": tile.splits, "pixels_per_split": tile.pixels_per_split}
-    coefficients_arguments = {"coefficients_ptr": coefficients, "coefficient_stride": coefficients.stride(0)}
+    arguments = arguments | tile.arguments()
+    arguments |= {"partial_mean_ptr": partial_mean, "partial_m2_ptr": torch.empty_like(partial_mean)}
+    arguments |= {"coefficients_ptr": coefficients, "coefficient_stride": coefficients.stride(0)}
     blocks = {"BLOCK_C": tile.block_c, "BLOCK_S": tile.block_s}
     return [
-        Launch(
+        Launch.of(
             _moments_kernel,
             programs=problem.batch * tile.splits * tile.channel_tiles,
-            arguments=images | partials | {"channel_tiles": tile.channel_tiles},
+            arguments=arguments,
             constexprs=blocks,
             num_warps=SPLIT_WARPS,
         ),
-        Launch(
+        Launch.of(
             _combine_moments_kernel,
             programs=problem.batch * problem.groups,
-            arguments=images | statistics | partials | coefficients_arguments,
+            arguments=arguments,
             constexprs=COMBINE_BLOCK,
             num_warps=COMBINE_WARPS,
         ),
-        Launch(
+        Launch.of(
             _apply_kernel,
             programs=problem.batch * tile.pixel_tiles * tile.channel_tiles,
-            arguments=images
-            | coefficients_arguments
-            | {"channel_tiles": tile.channel_tiles, "pixel_tiles": tile.pixel_tiles},
+            arguments=arguments,
             constexprs={"SILU": silu} | blocks,
             num_warps=SPLIT_WARPS,
         ),

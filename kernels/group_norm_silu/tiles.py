@@ -60,6 +60,17 @@ class Problem:
         """Elements that share one mean."""
         return self.channels_per_group * self.pixels
 
+    def arguments(self) -> dict[str, int | float]:
+        """The sizes as kernel arguments; a count that only divides is a float32, exact to its rounding."""
+        return {
+            "batch": self.batch,
+            "channels": self.channels,
+            "pixels": self.pixels,
+            "groups": self.groups,
+            "channels_per_group": self.channels_per_group,
+            "elements": float(self.elements),
+        }
+
 
 @dataclass(frozen=True)
 class WholeTile:
@@ -95,6 +106,14 @@ class SplitTile:
     @property
     def splits(self) -> int:
         return triton.cdiv(self.pixel_tiles, self.tiles_per_program)
+
+    def arguments(self) -> dict[str, int]:
+        return {
+            "channel_tiles": self.channel_tiles,
+            "pixel_tiles": self.pixel_tiles,
+            "pixels_per_split": self.pixels_per_split,
+            "splits": self.splits,
+        }
 
 
 def choose_whole_tile(problem: Problem, max_elements: int) -> WholeTile | None:
@@ -134,4 +153,6 @@ def choose_split_tile(problem: Problem, mixed_layouts: bool = False) -> SplitTil
         block_c = min(limit_c, SPLIT_ELEMENTS // block_s)
     channel_tiles, pixel_tiles = triton.cdiv(problem.channels, block_c), triton.cdiv(problem.pixels, block_s)
     tiles_per_program = problem.batch * channel_tiles * pixel_tiles // PROGRAMS_PER_WAVE
-    return SplitTile(block_c, block_s, channel_tiles, pixel_tiles, min(MAX_TILES_PER_PROGRAM, max(1, tiles_per_program)))
+    return SplitTile(
+        block_c, block_s, channel_tiles, pixel_tiles, min(MAX_TILES_PER_PROGRAM, max(1, tiles_per_program))
+    )

@@ -75,9 +75,9 @@ def gradients(function, inputs, grad_y):
     return y.detach(), torch.autograd.grad(y, [t for t in leaves if t is not None], grad_y.to(y.dtype))
 
 
-def slack(backend, device, dtype):
-    # Triton's interpreter truncates float32 to bfloat16 where the hardware rounds: a whole ulp instead of half.
-    return 2.0 if (backend, device, dtype) == ("triton", "cpu", torch.bfloat16) else 1.0
+def truncates(backend, device, dtype):
+    """Triton's interpreter truncates float32 to bfloat16 where the hardware rounds."""
+    return (backend, device, dtype) == ("triton", "cpu", torch.bfloat16)
 
 
 def check_against_exact(
@@ -98,11 +98,11 @@ def check_against_exact(
     narrow = [None if t is None else t.cpu() for t in (x, weight, bias, add)]
     torch_y, torchs = gradients(lambda x, w, b, a: in_dtype(x, groups, w, b, a, eps, silu, dtype), narrow, grad_y.cpu())
     names = [name for name, t in zip(("x", "weight", "bias", "add"), narrow) if t is not None]
-    extra = slack(backend, device, dtype)
-    assert_close_to_exact(y.cpu(), exact_y, torch_y, dtype, large_mean=large_mean, slack=extra, what="y")
+    whole_ulp = truncates(backend, device, dtype)
+    assert_close_to_exact(y.cpu(), exact_y, torch_y, dtype, large_mean=large_mean, whole_ulp=whole_ulp, what="y")
     for name, ours_, exact_, torch_ in zip(names, grads, exact, torchs):
         assert_close_to_exact(
-            ours_.cpu(), exact_, torch_, dtype, large_mean=large_mean, slack=extra, what=f"gradient of {name}"
+            ours_.cpu(), exact_, torch_, dtype, large_mean=large_mean, whole_ulp=whole_ulp, what=f"gradient of {name}"
         )
     assert y.stride() == torch.empty_like(x).stride(), "layout in = layout out"
     if backend != "reference":

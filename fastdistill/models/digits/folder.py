@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from ..loading import quiet_libraries
+
 
 def assemble(vae, tokenizer, text_encoder, unet, scheduler):
     """The components as a `StableDiffusionPipeline` without safety checker, its progress bar off."""
@@ -49,7 +51,8 @@ def save_folder(pipeline, folder: str | Path, card: str) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
         fresh = Path(scratch) / folder.name
-        _half(pipeline).save_pretrained(fresh, safe_serialization=True)
+        with quiet_libraries():
+            _half(pipeline).save_pretrained(fresh, safe_serialization=True)
         _portable_text_encoder(fresh / "text_encoder")
         _portable_tokenizer(pipeline.tokenizer, fresh / "tokenizer")
         _without_paths(fresh)

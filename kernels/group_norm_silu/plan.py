@@ -1,12 +1,14 @@
-"""Kernel arguments that several kernels take alike."""
+"""What the forward and the backward plans have in common."""
 
 from __future__ import annotations
 
 import torch
+import triton
 
-from .tiles import ncs_strides
+from ..launch import Argument, Launch
+from .tiles import Problem, WholeTile, ncs_strides
 
-Arguments = dict[str, torch.Tensor | int | float | None]
+Arguments = dict[str, Argument]
 
 
 def stride_arguments(**tensors: torch.Tensor) -> Arguments:
@@ -29,3 +31,18 @@ def channel_arguments(weight: torch.Tensor | None, bias: torch.Tensor | None, ad
         "add_stride_n": 1 if add is None else add.stride(0),
         "add_stride_c": 1 if add is None else add.stride(1),
     }
+
+
+def plan_whole(
+    kernel: triton.JITFunction, problem: Problem, tile: WholeTile, arguments: Arguments, silu: bool
+) -> Launch:
+    """The one launch of the whole regime."""
+    tiles = triton.cdiv(problem.groups, tile.groups)
+    blocks = {"BLOCK_C": tile.block_c, "BLOCK_S": tile.block_s, "BLOCK_G": tile.block_g}
+    return Launch.of(
+        kernel,
+        programs=problem.batch * tiles,
+        arguments=arguments | {"units_per_tile": tile.channels // tile.channel_unit, "tiles": tiles},
+        constexprs={"SILU": silu, "CHANNEL_UNIT": tile.channel_unit} | blocks,
+        num_warps=tile.num_warps,
+    )

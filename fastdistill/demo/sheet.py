@@ -1,0 +1,88 @@
+"""The demo as one picture: the rows of digits and their figures, on paper, at twice the usual pixel density.
+
+Set in the font that Pillow carries, which is the same on every machine and knows ASCII only.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from .result import DemoResult, Row
+from .words import headline, significant
+
+PAPER, INK, SOFT, LINE, ACCENT = "#faf7f1", "#1d1b17", "#6d665a", "#ddd5c6", "#b5371f"
+WIDTH, MARGIN = 2000, 96
+DIGIT, PITCH = 112, 124  # one digit is 3.5 times its 32 pixels; some paper between them
+LABEL = 330  # where the digits begin, from the margin
+TOP, ROW, BOTTOM = 330, 190, 130
+
+
+def render_sheet(result: DemoResult) -> Image.Image:
+    """An RGB picture, 2000 pixels wide; its height grows with the number of rows."""
+    sheet = Image.new("RGB", (WIDTH, TOP + ROW * len(result.rows) + BOTTOM), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    _heading(draw, result)
+    for index, row in enumerate(result.rows):
+        _row(sheet, draw, TOP + index * ROW, row, row is result.student)
+    _foot(draw, sheet.height - BOTTOM, result)
+    return sheet
+
+
+def _heading(draw: ImageDraw.ImageDraw, result: DemoResult) -> None:
+    draw.text((MARGIN, 138), headline(result), INK, _font(80), anchor="ls")
+    _lines(
+        draw,
+        (MARGIN, 200),
+        f"The same noise in every row. The student draws {significant(result.speedup)} times as fast as its teacher in "
+        f"{result.teacher.steps} steps,\nwhich, hurried to one step, can only draw the average of all it has seen.",
+        SOFT,
+        30,
+    )
+
+
+def _row(sheet: Image.Image, draw: ImageDraw.ImageDraw, top: int, row: Row, best: bool) -> None:
+    middle = top + ROW // 2
+    colour = ACCENT if best else INK
+    draw.line((MARGIN, top, WIDTH - MARGIN, top), LINE, 2)
+    draw.text((MARGIN, middle - 20), row.name, colour, _font(36), anchor="ls")
+    draw.text((MARGIN, middle + 20), f"{row.steps} step{'s' if row.steps > 1 else ''}", colour, _font(30), anchor="ls")
+    draw.text((MARGIN, middle + 56), row.note, SOFT, _font(21), anchor="ls")
+    for digit in range(10):
+        _draw_ink(sheet, row.samples[digit], MARGIN + LABEL + digit * PITCH, middle - DIGIT // 2)
+    right = WIDTH - MARGIN
+    draw.text((right, middle - 10), f"{significant(row.median)} ms", colour, _font(48), anchor="rs")
+    draw.text((right, middle + 28), "per image", SOFT, _font(23), anchor="rs")
+    draw.text(
+        (right, middle + 62), f"FD {row.scores.fd:.2f} · {100 * row.scores.accuracy:.1f} %", SOFT, _font(23), anchor="rs"
+    )
+
+
+def _draw_ink(sheet: Image.Image, pixels, left: int, top: int) -> None:
+    """The model draws white ink on black; here the ink alone is laid on the paper."""
+    ink = Image.fromarray(pixels).resize((DIGIT, DIGIT), Image.Resampling.BICUBIC)
+    sheet.paste(ImageOps.colorize(ink, PAPER, INK), (left, top))
+
+
+def _foot(draw: ImageDraw.ImageDraw, top: int, result: DemoResult) -> None:
+    machine = result.machine
+    draw.line((MARGIN, top, WIDTH - MARGIN, top), LINE, 2)
+    _lines(
+        draw,
+        (MARGIN, top + 44),
+        f"FD: Frechet distance of {result.images} images to the 1797 real digits, 0 is indistinguishable. %: recognised as "
+        f"the digit that was asked for. ms: median of {result.timed} images made\none at a time on {machine['device']}, "
+        f"{machine['processor']}, {machine['threads']} of {machine['cores']} cores. Made by: {result.command}",
+        SOFT,
+        21,
+    )
+
+
+def _lines(draw: ImageDraw.ImageDraw, position: tuple[int, int], text: str, colour: str, size: int) -> None:
+    draw.multiline_text(position, text, colour, _font(size), spacing=size * 0.45, anchor="ls")
+
+
+@cache
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.load_default(size)

@@ -1,0 +1,171 @@
+"""The DMD loop on Gaussians, where the fake score and the answer are known, and its bookkeeping."""
+
+import dataclasses
+
+import pytest
+import torch
+from fastdistill.training import DMD, DMDConfig, GradientContractError, make_pairs, train
+
+from .toys import CONDITIONS, TARGET_MEAN, TARGET_STD, gaussian_teacher
+
+SHAPE = (2,)
+QUICK = DMDConfig(iterations=6, batch_size=16, critic_ratio=3, regression_weight=0, warm_up=0, report_every=2)
+
+
+def roles(config=QUICK, **options):
+    teacher, schedule = gaussian_teacher()
+    return DMD(teacher, schedule, "sample", config, **options)
+
+
+def test_the_student_moves_onto_the_teachers_distribution():
+    config = dataclasses.replace(
+        QUICK, iterations=300, batch_size=128, learning_rate=0.03, critic_learning_rate=0.03, critic_ratio=5
+    )
+    dmd = roles(config)
+    run = train(dmd, CONDITIONS, SHAPE)
+    x = run.student.gain * torch.randn(20000, 2, generator=torch.Generator().manual_seed(7)) + run.student.bias
+    torch.testing.assert_close(x.mean(0), torch.tensor(TARGET_MEAN), rtol=0, atol=0.15)
+    torch.testing.assert_close(x.std(0), torch.tensor(TARGET_STD), rtol=0, atol=0.15)
+    # The fake score has followed the student there.
+    torch.testing.assert_close(dmd.fake_score.mean.detach(), torch.tensor(TARGET_MEAN), rtol=0, atol=0.25)
+
+
+def test_the_regression_term_alone_carries_each_noise_where_the_ode_does():
+    config = dataclasses.replace(QUICK, iterations=300, learning_rate=0.05, critic_ratio=1, regression_weight=100.0)
+    dmd = roles(config)
+    with torch.no_grad():
+        dmd.teacher.gain.zero_()
+        dmd.teacher.bias.copy_(dmd.teacher.mean)
+    pairs = make_pairs(dmd.teacher, CONDITIONS, dmd.schedule, "sample", count=200, sample_shape=SHAPE, steps=100)
+    run = train(dmd, CONDITIONS, SHAPE, pairs=pairs)
+    torch.testing.assert_close(run.student.bias, torch.tensor(TARGET_MEAN), rtol=0, atol=0.1)
+    torch.testing.assert_close(run.student.gain, torch.tensor(TARGET_STD), rtol=0, atol=0.1)
+
+
+@pytest.mark.parametrize("ratio", [1, 3, 5])
+def test_the_fake_score_is_updated_critic_ratio_times_per_student_update(ratio):
+    dmd = roles(dataclasses.replace(QUICK, critic_ratio=ratio))
+    run = train(dmd, CONDITIONS, SHAPE)
+    assert run.updates == {"student": 6, "fake_score": 6 * ratio}
+    # The first numbers are the contract check. Then one sample per batch, one teacher pass per student turn.
+    assert dmd.student.calls == 2 + 6 * ratio
+    assert dmd.teacher.calls == 1 + 6
+    assert dmd.fake_score.calls == 2 + 6 * ratio + 6
+
+
+def test_the_teacher_does_not_change():
+    dmd = roles()
+    before = {name: value.clone() for name, value in dmd.teacher.state_dict().items()}
+    train(dmd, CONDITIONS, SHAPE)
+    assert all(torch.equal(value, before[name]) for name, value in dmd.teacher.state_dict().items())
+    assert any(not torch.equal(value, before[name]) for name, value in dmd.student.state_dict().items())
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_seed_others():
+    first, again, other = (
+        train(roles(dataclasses.replace(QUICK, seed=seed)), CONDITIONS, SHAPE).student.state_dict()
+        for seed in (0, 0, 1)
+    )
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+def test_global_random_state_plays_no_part():
+    torch.manual_seed(1)
+    first = train(roles(), CONDITIONS, SHAPE).student.state_dict()
+    torch.manual_seed(2)
+    again = train(roles(), CONDITIONS, SHAPE).student.state_dict()
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_only_the_teacher_is_guided():
+    class Recorder(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(()))
+            self.seen = []
+
+        def forward(self, x_t, t, encoder_hidden_states, return_dict):
+            self.seen.append(encoder_hidden_states.flatten().unique().tolist())
+            return (self.weight * x_t + encoder_hidden_states[:, 0],)
+
+    _, schedule = gaussian_teacher()
+    config = dataclasses.replace(QUICK, guidance_scale=2.0)
+    dmd = DMD(Recorder(), schedule, "sample", config, unconditional=torch.full((1, 1, 1), -1.0))
+    train(dmd, torch.full((1, 1, 1), 3.0), SHAPE)
+    assert [-1.0] in dmd.teacher.seen
+    assert all(seen == [3.0] for network in (dmd.student, dmd.fake_score) for seen in network.seen)
+
+
+def test_distributions_are_compared_only_within_the_timestep_range_and_the_fake_score_learns_everywhere():
+    seen = {"teacher": [], "fake_score": []}
+
+    class Recorder(DMD):
+        def _diffuse(self, x, low, high, generator):
+            seen["teacher" if low else "fake_score"].append((low, high))
+            return super()._diffuse(x, low, high, generator)
+
+    teacher, schedule = gaussian_teacher()
+    train(Recorder(teacher, schedule, "sample", QUICK), CONDITIONS, SHAPE)
+    assert set(seen["teacher"]) == {(20, 981)}
+    assert set(seen["fake_score"]) == {(0, 1000)}
+
+
+def test_the_callback_sees_progress_and_can_end_the_run():
+    seen = []
+    run = train(roles(), CONDITIONS, SHAPE, callback=seen.append)
+    assert [progress.update for progress in seen] == [2, 4, 6]
+    assert all(progress.total == 6 for progress in seen)
+    assert set(seen[0].losses) == {"dmd", "guarded", "fake_score"}
+    assert run.losses == seen[-1].losses
+    stopped = train(roles(), CONDITIONS, SHAPE, callback=lambda progress: progress.update == 4)
+    assert stopped.updates == {"student": 4, "fake_score": 12}
+
+
+def test_a_student_made_without_gradient_is_refused_at_start_up():
+    class NoGradient(DMD):
+        @torch.no_grad()
+        def generate(self, noise, condition):
+            return super().generate(noise, condition)
+
+    teacher, schedule = gaussian_teacher()
+    with pytest.raises(GradientContractError, match="'dmd' gives no gradient"):
+        train(NoGradient(teacher, schedule, "sample", QUICK), CONDITIONS, SHAPE)
+
+
+def test_a_fake_score_loss_that_reaches_the_student_is_refused_at_start_up():
+    class Leaky(DMD):
+        def fake_score_loss(self, x, condition, generator):
+            return super().fake_score_loss(x, condition, generator) + x.mean()
+
+    teacher, schedule = gaussian_teacher()
+    with pytest.raises(GradientContractError, match=r"'fake_score' must train 'fake_score' alone.*'student'"):
+        train(Leaky(teacher, schedule, "sample", QUICK), CONDITIONS, SHAPE)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"iterations": 0}, "iterations must be 1 or more; got 0"),
+        ({"critic_ratio": 0}, "critic_ratio must be 1 or more; got 0"),
+        ({"learning_rate": 0.0}, r"learning_rate must be more than 0; got 0\.0"),
+        ({"learning_rate": float("nan")}, "learning_rate must be more than 0; got nan"),
+        ({"beta1": 1.0}, r"beta1 must be in \[0, 1\)"),
+        ({"ema_decay": 1.0}, r"ema_decay must be in \[0, 1\)"),
+        ({"min_timestep": 0.99}, r"min_timestep must be in \[0, max_timestep\)"),
+        ({"max_timestep": 1.0}, "max_timestep must be below 1"),
+        ({"regression_weight": 0.5, "pairs": 0}, "needs pairs; got pairs = 0"),
+    ],
+)
+def test_a_bad_configuration_names_the_field_the_value_and_the_need(change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(QUICK, **change)
+
+
+def test_what_the_roles_lack_is_named():
+    with pytest.raises(ValueError, match=r"student_timestep must be in 0\.\.999; got 1000"):
+        roles(dataclasses.replace(QUICK, student_timestep=1000))
+    with pytest.raises(ValueError, match=r"guidance_scale 2\.0 needs the condition of the empty prompt"):
+        roles(dataclasses.replace(QUICK, guidance_scale=2.0))
+    with pytest.raises(ValueError, match=r"regression_weight 0\.5 needs pairs"):
+        train(roles(dataclasses.replace(QUICK, regression_weight=0.5)), CONDITIONS, SHAPE)

@@ -1,0 +1,75 @@
+"""Clipping, warm-up, decay and the moving average, in updates."""
+
+import math
+
+import pytest
+import torch
+from fastdistill.training.updates import EMA, RoleUpdater, warm_up_then_decay
+from torch import nn
+
+
+def updater(network, **options):
+    defaults = {"learning_rate": 0.1, "betas": (0.0, 0.999), "weight_decay": 0.0, "max_grad_norm": 1.0}
+    return RoleUpdater(network, **{**defaults, "schedule": lambda update: 1.0, **options})
+
+
+def test_the_learning_rate_warms_up_over_updates_and_falls_to_zero_over_the_last_share():
+    factor = warm_up_then_decay(100, warm_up=4, decay=0.5)
+    assert [factor(n) for n in range(4)] == pytest.approx([0.2, 0.4, 0.6, 0.8])
+    assert factor(4) == factor(50) == 1.0
+    assert factor(75) == pytest.approx(0.5)
+    assert 0 < factor(99) <= 0.021
+    assert warm_up_then_decay(100, warm_up=0, decay=0)(99) == 1.0
+
+
+def test_the_optimiser_uses_the_factor_of_its_own_update():
+    network = nn.Linear(1, 1, bias=False)
+    update = updater(network, schedule=lambda n: [0.0, 0.5][n], max_grad_norm=1e9)
+    start = network.weight.item()
+    update.step(network.weight.sum())
+    assert network.weight.item() == start
+    update.step(network.weight.sum())  # Adam's step has the size of the learning rate for a constant gradient
+    assert network.weight.item() == pytest.approx(start - 0.05, abs=1e-6)
+    assert update.updates == 2
+
+
+def test_the_gradient_is_clipped_to_the_global_norm():
+    network = nn.Linear(4, 4)
+    update = updater(network, max_grad_norm=0.5)
+    norm = update.step(1e3 * network(torch.ones(2, 4)).sum())
+    clipped = math.sqrt(sum(p.grad.square().sum().item() for p in network.parameters()))
+    assert norm.item() > 100
+    assert clipped == pytest.approx(0.5, rel=1e-4)
+
+
+def test_a_gradient_that_is_not_finite_stops_before_it_does_harm():
+    network = nn.Linear(2, 2)
+    update = updater(network)
+    before = network.weight.detach().clone()
+    with pytest.raises(FloatingPointError, match="not finite at update 0"):
+        update.step(network(torch.full((1, 2), float("nan"))).sum())
+    assert torch.equal(network.weight, before)
+    assert update.updates == 0
+
+
+def test_the_moving_average_follows_its_recurrence_and_never_trains():
+    network = nn.Linear(1, 1, bias=False)
+    average = EMA(network, decay=0.5)
+    expected = network.weight.item()
+    for n, value in enumerate([1.0, 2.0, -3.0, 5.0, 8.0, 1.0]):
+        with torch.no_grad():
+            network.weight.fill_(value)
+        average.update(network)
+        decay = min(0.5, (1 + n) / (10 + n))
+        expected = decay * expected + (1 - decay) * value
+    assert average.network.weight.item() == pytest.approx(expected)
+    assert not average.network.weight.requires_grad
+    assert not average.network.training
+
+
+def test_a_moving_average_of_decay_zero_is_the_network():
+    network = nn.Linear(2, 2)
+    average = EMA(network, decay=0.0)
+    updater(network).step(network(torch.ones(1, 2)).sum())
+    average.update(network)
+    assert torch.equal(average.network.weight, network.weight)
