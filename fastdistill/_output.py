@@ -12,8 +12,8 @@ class OutputError(OSError):
     """A file or a folder that cannot be written; the message is one line that names it and what is in the way."""
 
 
-def check_file(path: Path) -> Path:
-    """`path`, if a file can be written there: its folder exists and takes a new file (tried: permission bits lie).
+def check_file(path: Path) -> None:
+    """That a file can be written at `path`: its folder exists and takes a new file (tried: permission bits lie).
 
     Raises:
         OutputError: naming what is in the way.
@@ -23,22 +23,25 @@ def check_file(path: Path) -> Path:
     if not path.parent.is_dir():
         raise OutputError(f"{path}: there is no folder {path.parent}")
     _try_folder(path.parent)
-    return path
 
 
-def check_folder(path: Path) -> Path:
-    """`path`, if it is a folder that takes new files, or can become one. Creates nothing that stays.
+def check_folder(folder: Path, *files: Path) -> None:
+    """That `folder` takes new files, or can become a folder that does, and that `files` in it are or can become files.
+
+    Creates nothing that stays.
 
     Raises:
         OutputError: naming what is in the way.
     """
-    existing = path
+    existing = folder
     while not existing.exists() and existing != existing.parent:
         existing = existing.parent
     if not existing.is_dir():
         raise OutputError(f"{existing}: is a file; needed a folder")
     _try_folder(existing)
-    return path
+    for file in files:
+        if file.is_dir():
+            raise OutputError(f"{file}: is a folder; needed the name of a file")
 
 
 def write_files(contents: Mapping[Path, bytes]) -> None:

@@ -11,7 +11,7 @@ from PIL.PngImagePlugin import PngInfo
 
 
 def enlarge(image: Image.Image, factor: int) -> Image.Image:
-    """`image` with `factor` times as many pixels along each side, interpolated smoothly (Lanczos); 1 leaves it alone."""
+    """`image` with `factor` times as many pixels along each side, interpolated smoothly (Lanczos)."""
     if factor == 1:
         return image
     return image.resize((image.width * factor, image.height * factor), Image.Resampling.LANCZOS)

@@ -6,10 +6,14 @@ diffusers. Whatever a user can get wrong ends in one line on stderr and exit cod
 
 from __future__ import annotations
 
+import contextlib
 import os
+import runpy
+import shlex
 import sys
 import time
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -19,7 +23,8 @@ from typer.core import TyperGroup
 import fastdistill
 
 PROGRAM = "fastdistill"
-TRACEBACK = "FASTDISTILL_TRACEBACK"
+TRACEBACK = "FASTDISTILL_TRACEBACK"  # set: show where an error came from instead of one line
+DEVICES = "cpu, cuda, cuda:1, ..."
 
 
 class _OneLineErrors(TyperGroup):
@@ -54,8 +59,9 @@ def _is_foreseeable(error: Exception) -> bool:
 def _message(error: Exception) -> str:
     text = error.format_message() if hasattr(error, "format_message") else str(error)
     context = getattr(error, "ctx", None)
-    hint = f" (see {context.command_path} --help)" if context else ""
-    return (" ".join(text.split()) or type(error).__name__) + hint
+    if context:
+        text = f"{text.rstrip('.')} (see {context.command_path} --help)"
+    return " ".join(text.split()) or type(error).__name__
 
 
 def _complain(message: str, code: int) -> int:
@@ -88,6 +94,15 @@ def _fastdistill(
         raise typer.Exit
     if ctx.invoked_subcommand is None:
         print(ctx.get_help())
+    if not os.environ.get(TRACEBACK):
+        _quiet_libraries()
+
+
+def _quiet_libraries() -> None:
+    """Remarks of libraries to programmers are not for someone who typed a command. Read when they are imported."""
+    for library in ("DIFFUSERS", "TRANSFORMERS"):
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
+    warnings.filterwarnings("ignore", category=FutureWarning)
 
 
 @app.command()
@@ -108,7 +123,7 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="Print JSON instea
 
 @app.command()
 def generate(
-    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="One image is made of each.")],
+    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT", help="One image is made of each.")],
     model: Annotated[str, typer.Option(help="A bundled name, or a folder in the diffusers layout.")] = "digits-dmd",
     out: Annotated[
         Path, typer.Option(metavar="FILE.png", help="Several prompts without --grid make FILE-0.png, FILE-1.png, ...")
@@ -118,27 +133,19 @@ def generate(
     guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance; up to 1 it is off.")] = 0.0,
     grid: Annotated[bool, typer.Option("--grid", help="Put all images into one picture, FILE.png.")] = False,
     scale: Annotated[int, typer.Option(min=1, max=64, help="Enlarge each image this many times.")] = 1,
-    device: Annotated[
-        str | None, typer.Option(show_default="a GPU if there is one", help="cpu, cuda, cuda:1, ...")
-    ] = None,
+    device: Annotated[str | None, typer.Option(show_default="a GPU if there is one", help=DEVICES)] = None,
 ) -> None:
     """Make an image of each prompt."""
-    for position, prompt in enumerate(prompts, start=1):
-        if not prompt.strip():
-            raise ValueError(f"prompt {position} of {len(prompts)} is empty; needed a few words, like 'a handwritten seven'")
-    if out.suffix.lower() != ".png":
-        raise ValueError(f"--out {out}: needed a name that ends in .png")
+    _check_prompts(prompts)
     single = grid or len(prompts) == 1
     paths = [out] if single else [out.with_stem(f"{out.stem}-{index}") for index in range(len(prompts))]
+    _check_pictures(paths)
 
-    from fastdistill import _output
     from fastdistill.models import resolve_model
 
-    for path in paths:
-        _output.check_file(path)
     resolve_model(model)
 
-    from fastdistill import OneStepPipeline, _pictures
+    from fastdistill import OneStepPipeline, _output, _pictures
 
     start = time.perf_counter()
     pipe = OneStepPipeline.from_pretrained(model, device=device)
@@ -165,20 +172,107 @@ def generate(
     )
 
 
+def _check_prompts(prompts: Sequence[str]) -> None:
+    """Before a model is loaded; whether a prompt is too long only the model's tokenizer can tell."""
+    for position, prompt in enumerate(prompts, start=1):
+        if not prompt.strip():
+            raise ValueError(f"prompt {position} of {len(prompts)} is empty; needed words, like 'a handwritten seven'")
+
+
+def _check_pictures(paths: Sequence[Path]) -> None:
+    from fastdistill import _output
+
+    for path in paths:
+        if path.suffix.lower() != ".png":
+            raise ValueError(f"--out {path}: needed a name that ends in .png")
+        _output.check_file(path)
+
+
+@app.command()
+def demo(
+    ctx: typer.Context,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where demo.html and demo.png go.")] = Path("demo"),
+    train: Annotated[str | None, typer.Option(metavar="METHOD", help="Also distil a student now: dmd.")] = None,
+    minutes: Annotated[float, typer.Option(help="How long --train distils.")] = 1.0,
+    teacher: Annotated[str, typer.Option(help="A digits pipeline: bundled name or folder.")] = "digits-teacher",
+    student: Annotated[str, typer.Option(help="Its one-step student: bundled name or folder.")] = "digits-dmd",
+    teacher_steps: Annotated[int, typer.Option(min=2, help="Steps of the teacher.")] = 25,
+    images: Annotated[int, typer.Option(help="Images that each figure is measured on.")] = 1000,
+    seed: Annotated[int, typer.Option(min=0, help="Image i starts from the noise of seed + i.")] = 0,
+    device: Annotated[str | None, typer.Option(show_default="a GPU if there is one", help=DEVICES)] = None,
+) -> None:
+    """See a teacher and its one-step student draw the ten digits, timed and scored, as a page and a picture."""
+    from fastdistill import _output
+    from fastdistill.models import resolve_model
+
+    page, sheet = out / "demo.html", out / "demo.png"
+    _output.check_folder(out, page, sheet)
+    for model in (teacher, student):
+        resolve_model(model)
+
+    from rich.console import Console
+
+    from fastdistill import _pictures
+    from fastdistill.demo import render_html, render_sheet, run, summary
+
+    with _progress() as report:
+        result = run(
+            teacher,
+            student,
+            teacher_steps=teacher_steps,
+            images=images,
+            seed=seed,
+            train=train,
+            minutes=minutes,
+            device=device,
+            command=_command_line(ctx),
+            report=report,
+        )
+    picture = _pictures.png(render_sheet(result))
+    _output.write_files({page: render_html(result).encode(), sheet: picture})
+    Console().print(summary(result))
+    print(page)
+    print(sheet)
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[str, float, float], None]]:
+    """A bar on stderr, gone when all is done; what it shows is what the function it gives was last called with."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("loading", total=None)
+        yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
+
+
+def _command_line(ctx: typer.Context) -> str:
+    """What to type to call this command again: its name, and the options that are not at their defaults."""
+    words = ctx.command_path.split()
+    for option in ctx.command.params:
+        value = ctx.params.get(option.name)
+        if value is not None and str(value) != str(option.default):
+            words += [option.opts[0], str(value)]
+    return shlex.join(words)
+
+
 _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
 
 @app.command(context_settings=_PASS_ON, add_help_option=False)
 def bench(ctx: typer.Context) -> None:
-    """Measure an op against PyTorch: the arguments of `python -m fastdistill.bench`."""
-    from fastdistill.bench.__main__ import main as run
-
-    raise typer.Exit(run(ctx.args) or 0)
+    """Measure an op against PyTorch: `fastdistill bench --help` tells how."""
+    _run_module("fastdistill.bench", ctx.args)
 
 
 @app.command(context_settings=_PASS_ON, add_help_option=False)
 def train(ctx: typer.Context) -> None:
-    """Distil a model into one step: the arguments of `python -m fastdistill.training`."""
-    from fastdistill.training.__main__ import main as run
+    """Distil a model into one step: `fastdistill train --help` tells how."""
+    _run_module("fastdistill.training", ctx.args)
 
-    raise typer.Exit(run(ctx.args) or 0)
+
+def _run_module(module: str, arguments: Sequence[str]) -> None:
+    """`python -m module arguments`, in this process: its exit code is ours."""
+    sys.argv[1:] = arguments
+    runpy.run_module(module, run_name="__main__", alter_sys=True)

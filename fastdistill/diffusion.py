@@ -346,7 +346,7 @@ def from_scheduler(scheduler, *, dtype: torch.dtype = torch.float32) -> Schedule
         )
     if not config.get("rescale_betas_zero_snr", False):
         return _variance_preserving(scheduler.alphas_cumprod, dtype)
-    plain = type(scheduler).from_config({**config, "rescale_betas_zero_snr": False})
+    plain = type(scheduler).from_config(config, rescale_betas_zero_snr=False)
     original = _variance_preserving(plain.alphas_cumprod, dtype)
     rescaled = _variance_preserving(scheduler.alphas_cumprod, dtype).with_pure_noise_end()
     return replace(rescaled, original_alpha=original.alpha, original_sigma=original.sigma)

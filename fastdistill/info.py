@@ -25,16 +25,16 @@ PACKAGES = ("torch", "triton", "diffusers", "transformers")
 def collect() -> dict:
     """Everything known about this installation, as plain values that `json.dumps` takes.
 
-    Keys: `versions` (package to version, None where it is not installed; `cuda` is the one torch was built for, `driver`
-    the NVIDIA driver), `machine` (see `machine`), `gpus` (name, compute capability, memory in bytes), `libraries` (per
-    compiled library: path, loaded, detail, problem), `ops` (per op, per backend in order of preference: the reasons why
-    it cannot serve on this machine; none: it can) and `models` (bundled name to folder).
+    Keys: `versions` (package to version, None where it is not installed; `cuda` is the one that torch was built for,
+    `driver` the NVIDIA driver), `machine` (see `machine`), `gpus` (name, compute capability, memory in bytes),
+    `libraries` (per compiled library: path, loaded, detail, problem), `ops` (per op, per backend in order of
+    preference: the reasons why it cannot serve on this machine; none: it can), `models` (bundled name to folder).
     """
     from fastdistill import _native, models, ops  # noqa: F401  (ops registers every op)
     from fastdistill.ops import _dispatch
 
     return {
-        "versions": _versions(),
+        "versions": collect_versions(),
         "machine": machine(),
         "gpus": _gpus(),
         "libraries": {"_cpu": _library(_native.cpu_library()), "_cuda": _library(_native.cuda_library())},
@@ -72,7 +72,7 @@ def render(info: dict) -> Group:
     )
 
 
-def _versions() -> dict[str, str | None]:
+def collect_versions() -> dict[str, str | None]:
     import torch
 
     versions: dict[str, str | None] = {"fastdistill": fastdistill.__version__, "python": platform.python_version()}
@@ -97,9 +97,9 @@ def _driver() -> str | None:
     serves = ""
     if library.cuDriverGetVersion(ctypes.byref(cuda)) == 0:
         serves = f"serves CUDA {cuda.value // 1000}.{cuda.value % 1000 // 10}"
-    kernel_module = Path("/proc/driver/nvidia/version")
-    found = re.search(r"Module\s+(?:for \S+\s+)?([\d.]+)", kernel_module.read_text()) if kernel_module.exists() else None
-    return f"{found[1]} ({serves})" if found and serves else found[1] if found else serves or None
+    report = Path("/proc/driver/nvidia/version")
+    found = re.search(r"Kernel Module.*?\s(\d+\.[\d.]+)\s", report.read_text()) if report.exists() else None
+    return ", ".join(part for part in (found[1] if found else "", serves) if part) or None
 
 
 def _gpus() -> list[dict]:
@@ -175,4 +175,6 @@ def _backends(ops: dict) -> Table:
 def _table(title: str) -> Table:
     from rich.table import Table
 
-    return Table(title=title, title_justify="left", title_style="bold cyan", show_header=False, box=None, padding=(0, 2))
+    return Table(
+        title=title, title_justify="left", title_style="bold cyan", show_header=False, box=None, padding=(0, 2)
+    )

@@ -1,7 +1,7 @@
 """One description of a Triton launch, which can be run on a device or compiled without one.
 
-An op plans its launches from tensors alone. On a device the plan is run; the ahead-of-time gate makes the same plan from
-`meta` tensors and compiles it, so that what is checked is what is launched.
+An op plans its launches from tensors alone. On a device the plan is run; the ahead-of-time gate makes the same plan
+from `meta` tensors and compiles it, so that what is checked is what is launched.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ _POINTER_TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16
 
 @dataclass(frozen=True)
 class Specialisation:
-    """One compiled version of a kernel: the arguments of `triton.compile(ASTSource(kernel, signature, constexprs, attrs),
-    options=options)`."""
+    """One compiled version of a kernel: the arguments of `triton.compile(ASTSource(kernel, signature, constexprs,
+    attrs), options=options)`."""
 
     kernel: triton.JITFunction
     signature: dict[str, str]
@@ -70,15 +70,16 @@ class Launch:
     def specialisation(self) -> Specialisation:
         """The version of the kernel that `run` compiles or finds compiled.
 
-        It follows the rule of Triton's own launcher: None and the integer 1 become constants, and an address or an integer
-        that is a multiple of 16 is known to be one.
+        It follows the rule of Triton's own launcher: None and the integer 1 become constants, and an address or an
+        integer that is a multiple of 16 is known to be one.
         """
         signature: dict[str, str] = {}
         constexprs: dict[str, object] = {}
         attrs: dict[tuple[int], list[list[object]]] = {}
-        for index, name in enumerate(self.kernel.arg_names):
+        for index, parameter in enumerate(self.kernel.params):
+            name = parameter.name
             value = self.constexprs[name] if name in self.constexprs else self.arguments[name]
-            is_one = isinstance(value, int) and value == 1
+            is_one = isinstance(value, int) and value == 1 and not parameter.do_not_specialize
             if name in self.constexprs or value is None or is_one:
                 signature[name], constexprs[name] = "constexpr", value
                 continue
@@ -89,7 +90,7 @@ class Launch:
                 signature[name], number = _POINTER_TYPES[value.dtype], value.data_ptr()
             else:
                 signature[name], number = "i32" if -(2**31) <= value < 2**31 else "i64", value
-            if number % 16 == 0:
+            if number % 16 == 0 and not parameter.do_not_specialize:
                 attrs[(index,)] = [["tt.divisibility", 16]]
         return Specialisation(self.kernel, signature, constexprs, attrs, self.options)
 

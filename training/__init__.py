@@ -2,7 +2,8 @@
 
 from .contract import GradientContractError, check_gradient_contract
 from .distill import Distilled, distill
-from .dmd import DMD, DMDConfig, DMDProgress, DMDRun, train
+from .dmd import DMD, DMDConfig
+from .loop import DMDProgress, DMDRun, train
 from .pairs import Pairs, make_pairs
 from .pipelines import TeacherError
 

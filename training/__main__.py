@@ -7,14 +7,17 @@ import typing
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from fastdistill.models import ModelError, resolve_model
 
+from .digits import digits_card, digits_prompts, digits_scores
 from .distill import distill
-from .dmd import DMDConfig, DMDProgress
+from .dmd import DMDConfig
+from .loop import DMDProgress
 from .pipelines import TeacherError, check_output_folder
 
 app = typer.Typer(add_completion=False, help="Distil diffusion teachers into one-step students.", no_args_is_help=True)
@@ -48,10 +51,11 @@ def dmd(
         lines = _prompts(prompts)
         check_output_folder(out)
         resolve_model(teacher)
+        _check_device(device)
         with _progress_bar() as bar:
             task = bar.add_task("preparing pairs", total=config.iterations)
             result = distill(teacher, lines, config, device=device, callback=lambda p: _show(bar, task, p))
-        result.save(out)
+        result.save(out, card=digits_card(out.name, config) if prompts == "digits" else None)
     except (ModelError, TeacherError, ValueError, OSError, FloatingPointError) as error:
         errors.print(
             f"error: {' '.join(str(error).split())}", style="red", markup=False, highlight=False, soft_wrap=True
@@ -60,7 +64,12 @@ def dmd(
     updates = ", ".join(f"{count} of {role}" for role, count in result.run.updates.items())
     console.print(f"{out}: {updates} in {result.run.seconds:.0f} s", highlight=False, markup=False, soft_wrap=True)
     if prompts == "digits":
-        _print_scores(result.pipeline)
+        for noise_seed, scores in digits_scores(result.pipeline):
+            console.print(
+                f"one step, noise {noise_seed}: FD {scores.fd:.3f}, accuracy {scores.accuracy:.3f}, diversity "
+                f"{scores.diversity:.2f} (lowest digit {min(scores.diversity_per_digit):.2f})",
+                highlight=False,
+            )
 
 
 def _config(settings: list[str], **given) -> DMDConfig:
@@ -83,9 +92,7 @@ def _config(settings: list[str], **given) -> DMDConfig:
 
 def _prompts(source: str) -> list[str]:
     if source == "digits":
-        from fastdistill.models.digits.text import captions
-
-        return [caption for digit in range(10) for caption in captions(digit)]
+        return digits_prompts()
     path = Path(source)
     if not path.is_file():
         raise ValueError(f'--prompts {source}: no such file; needed a text file with one prompt a line, or "digits"')
@@ -93,6 +100,15 @@ def _prompts(source: str) -> list[str]:
     if not any(lines):
         raise ValueError(f"--prompts {source}: no prompt in this file")
     return [line for line in lines if line]
+
+
+def _check_device(name: str) -> None:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"--device {name}: needed cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {name}: this torch sees no NVIDIA GPU")
 
 
 def _progress_bar() -> Progress:
@@ -109,20 +125,6 @@ def _progress_bar() -> Progress:
 def _show(bar: Progress, task, progress: DMDProgress) -> None:
     shown = " ".join(f"{name} {value:.3f}" for name, value in progress.losses.items() if name != "guarded")
     bar.update(task, completed=progress.update, description=shown)
-
-
-def _print_scores(pipeline) -> None:
-    from fastdistill.models.digits.metrics import score
-    from fastdistill.models.digits.sampling import balanced_labels, generate
-
-    labels = balanced_labels()
-    for seed in range(3):
-        figures = score(generate(pipeline, labels, steps=1, seed=seed), labels)
-        console.print(
-            f"one step, seed {seed}: FD {figures.fd:.3f}, accuracy {figures.accuracy:.3f}, diversity "
-            f"{figures.diversity:.2f} (lowest digit {min(figures.diversity_per_digit):.2f})",
-            highlight=False,
-        )
 
 
 if __name__ == "__main__":

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fastdistill import diffusion
+from fastdistill import __version__, diffusion
 
-from .dmd import DMD, DMDConfig, DMDProgress, DMDRun, train
+from .dmd import DMD, DMDConfig
+from .loop import DMDProgress, DMDRun, train
 from .pairs import make_pairs
 from .pipelines import check_teacher, encode_prompts, one_step_pipeline, save_pipeline, weights_digest
 
@@ -35,9 +36,13 @@ class Distilled:
     facts: dict
     teacher_folder: Path | None
 
-    def save(self, folder: str | Path) -> Path:
-        """Write an ordinary diffusers pipeline folder (float16 UNet) with `fastdistill.json` beside it."""
-        save_pipeline(self.pipeline, folder, self.facts, frozen_parts=self.teacher_folder)
+    def save(self, folder: str | Path, card: str | None = None) -> Path:
+        """Write an ordinary diffusers pipeline folder (float16 UNet) with `fastdistill.json` beside it.
+
+        `card` is a model card in Markdown, written as its `README.md`. A pipeline folder that is there is replaced;
+        anything else that is not empty raises FileExistsError.
+        """
+        save_pipeline(self.pipeline, folder, self.facts, card=card, frozen_parts=self.teacher_folder)
         return Path(folder)
 
 
@@ -53,7 +58,7 @@ def distill(
 
     Args:
         teacher: a bundled name ("digits-teacher"), a pipeline folder, or a loaded diffusers pipeline, which is
-            frozen, cast to float32 and otherwise left as it is.
+            frozen and cast to float32 (its UNet in channels_last memory) and otherwise left as it is.
         prompts: what the student shall be able to draw; one is drawn uniformly per sample.
         config: see `DMDConfig`.
         callback: called with a `DMDProgress` every `config.report_every` student updates; returning True ends the
@@ -68,7 +73,7 @@ def distill(
         TeacherError: the pipeline is of a kind that this loop cannot distil.
         fastdistill.models.ModelError: an unknown name or an unreadable folder.
         ValueError: no prompts, or a bad configuration.
-        GradientContractError, FloatingPointError: see `fastdistill.training.dmd.train`.
+        GradientContractError, FloatingPointError: see `fastdistill.training.train`.
     """
     config = config or DMDConfig()
     prompts = list(prompts)
@@ -111,6 +116,7 @@ def distill(
     run = train(dmd, conditions, sample_shape, pairs=pairs, callback=callback)
     facts = {
         "method": "dmd",
+        "fastdistill": __version__,
         "sampling": {"steps": 1, "timestep": dmd.start, "guidance_scale": 1.0},
         "prediction_type": prediction_type,
         "zero_terminal_snr": bool(schedule.alpha[-1] == 0),

@@ -8,7 +8,6 @@ moves along the difference of the two.
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,10 +18,7 @@ from fastdistill import diffusion
 from fastdistill.diffusion import Schedule
 from fastdistill.losses import DMDStats, dmd_loss
 
-from .contract import check_gradient_contract, nudged
 from .networks import conversion_point, predict, predict_guided
-from .pairs import Pairs
-from .updates import EMA, RoleUpdater, warm_up_then_decay
 
 
 @dataclass(frozen=True)
@@ -89,35 +85,6 @@ class DMDConfig:
             raise ValueError("regression_weight above 0 needs pairs; got pairs = 0")
 
 
-@dataclass(frozen=True)
-class DMDProgress:
-    """What the callback sees.
-
-    Attributes:
-        update, total: student updates done and planned.
-        seconds: since the first update.
-        losses: of the last update: "dmd", "fake_score", "regression" (if used), and "guarded", the share of elements
-            whose gradient the guard set to zero.
-        student: the network that would be delivered now, in evaluation mode. Look, but do not change it.
-    """
-
-    update: int
-    total: int
-    seconds: float
-    losses: dict[str, float]
-    student: nn.Module
-
-
-@dataclass(frozen=True)
-class DMDRun:
-    """A finished run: the student to deliver (in evaluation mode), updates per role, seconds, last losses."""
-
-    student: nn.Module
-    updates: dict[str, int]
-    seconds: float
-    losses: dict[str, float]
-
-
 class DMD:
     """The three roles, and what each one's turn computes. No optimiser and no loop.
 
@@ -151,6 +118,7 @@ class DMD:
         self.config = config
         self.unconditional = unconditional
         self.start = start
+        self.start_point = conversion_point(self.schedule, start, self.prediction_type)
 
     @property
     def roles(self) -> dict[str, nn.Module]:
@@ -159,8 +127,8 @@ class DMD:
     def generate(self, noise: Tensor, condition: Tensor) -> Tensor:
         """The student's one step: noise (B, ...) and condition (B, L, D) to a sample of the data (B, ...)."""
         t = torch.full((len(noise),), self.start, device=noise.device)
-        alpha, sigma = conversion_point(self.schedule, self.start, self.prediction_type)
-        return diffusion.to_data(predict(self.student, noise, t, condition), noise, alpha, sigma, self.prediction_type)
+        pred = predict(self.student, noise, t, condition)
+        return diffusion.to_data(pred, noise, *self.start_point, self.prediction_type)
 
     def distribution_loss(self, x: Tensor, condition: Tensor, generator: torch.Generator) -> tuple[Tensor, DMDStats]:
         """The student's loss on its samples x (B, ...): everything but x is without gradient."""
@@ -185,6 +153,25 @@ class DMD:
         target = diffusion.training_target(x, noise, alpha, sigma, self.prediction_type)
         return torch.nn.functional.mse_loss(predict(self.fake_score, x_t, t, condition), target)
 
+    def losses_by_owner(
+        self, noise: Tensor, condition: Tensor, generator: torch.Generator
+    ) -> dict[str, tuple[str, Callable[[], Tensor]]]:
+        """Each loss on a fresh sample, by name, with the role it trains: what the gradient contract is checked on."""
+
+        def distribution() -> Tensor:
+            return self.distribution_loss(self.generate(noise, condition), condition, generator)[0]
+
+        def regression() -> Tensor:
+            return self.regression_loss(noise, torch.zeros_like(noise), condition)
+
+        def fake_score() -> Tensor:
+            return self.fake_score_loss(self.generate(noise, condition), condition, generator)
+
+        losses = {"dmd": ("student", distribution), "fake_score": ("fake_score", fake_score)}
+        if self.config.regression_weight > 0:
+            losses["regression"] = ("student", regression)
+        return losses
+
     def _diffuse(
         self, x: Tensor, low: int, high: int, generator: torch.Generator
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -192,118 +179,6 @@ class DMD:
         noise = torch.randn(x.shape, generator=generator).to(x)
         alpha, sigma = self.schedule.at(t)
         return diffusion.add_noise(x, noise, alpha, sigma), t, alpha, sigma, noise
-
-
-def train(
-    dmd: DMD,
-    conditions: Tensor,
-    sample_shape: tuple[int, ...],
-    *,
-    pairs: Pairs | None = None,
-    callback: Callable[[DMDProgress], bool | None] | None = None,
-) -> DMDRun:
-    """Train a student. For a diffusers pipeline use `fastdistill.training.distill`, which prepares all of this.
-
-    Args:
-        dmd: the roles; its student and fake score are trained in place.
-        conditions: (P, L, D) on the networks' device; one is drawn uniformly per sample.
-        sample_shape: of one sample, without the batch.
-        pairs: for the regression term; needed if its weight is above 0.
-        callback: called every `report_every` student updates and after the last one; returning True ends the run.
-
-    Raises:
-        GradientContractError: before the first update, if a loss would move another role than its own.
-        FloatingPointError: a gradient is not finite; roles are as they were before that update.
-    """
-    config = dmd.config
-    if config.regression_weight > 0 and pairs is None:
-        raise ValueError(f"regression_weight {config.regression_weight} needs pairs; got None")
-    generator = torch.Generator().manual_seed(config.seed)
-    _check_contract(dmd, conditions, sample_shape)
-
-    student = _updater(dmd.student, config, config.learning_rate, config.iterations)
-    fake_score = _updater(dmd.fake_score, config, config.critic_learning_rate, config.iterations * config.critic_ratio)
-    average = EMA(dmd.student, config.ema_decay)
-    losses: dict[str, Tensor | float] = {}
-    start = time.perf_counter()
-    while student.updates < config.iterations:
-        noise, condition = _draw(conditions, sample_shape, config.batch_size, generator)
-        # The fake score learns on every batch, the student on every N-th, which both then share.
-        if (fake_score.updates + 1) % config.critic_ratio == 0:
-            x = dmd.generate(noise, condition)
-            loss, stats = dmd.distribution_loss(x, condition, generator)
-            losses["dmd"], losses["guarded"] = loss.detach(), stats.guarded / x.numel()
-            if config.regression_weight > 0:
-                chosen = torch.randint(len(pairs.noise), (config.batch_size,), generator=generator).to(x.device)
-                regression = dmd.regression_loss(
-                    pairs.noise[chosen], pairs.sample[chosen], conditions[pairs.condition[chosen]]
-                )
-                losses["regression"] = regression.detach()
-                loss = loss + config.regression_weight * regression
-            student.step(loss)
-            average.update(dmd.student)
-        else:
-            with torch.no_grad():
-                x = dmd.generate(noise, condition)
-        fake_loss = dmd.fake_score_loss(x, condition, generator)
-        losses["fake_score"] = fake_loss.detach()
-        fake_score.step(fake_loss)
-        if fake_score.updates % config.critic_ratio == 0 and _is_report(student.updates, config) and callback:
-            seconds = time.perf_counter() - start
-            read = {name: float(value) for name, value in losses.items()}
-            if callback(DMDProgress(student.updates, config.iterations, seconds, read, average.network)):
-                break
-    return DMDRun(
-        student=average.network,
-        updates={"student": student.updates, "fake_score": fake_score.updates},
-        seconds=time.perf_counter() - start,
-        losses={name: float(value) for name, value in losses.items()},
-    )
-
-
-def _check_contract(dmd: DMD, conditions: Tensor, sample_shape: tuple[int, ...]) -> None:
-    """On a small batch with random numbers of its own, so that a run's own do not depend on this check."""
-    generator = torch.Generator().manual_seed(dmd.config.seed)
-    noise, condition = _draw(conditions, sample_shape, min(4, dmd.config.batch_size), generator)
-
-    def distribution() -> Tensor:
-        return dmd.distribution_loss(dmd.generate(noise, condition), condition, generator)[0]
-
-    def regression() -> Tensor:
-        return dmd.regression_loss(noise, torch.zeros_like(noise), condition)
-
-    def fake_score() -> Tensor:
-        return dmd.fake_score_loss(dmd.generate(noise, condition), condition, generator)
-
-    losses = {"dmd": ("student", distribution), "fake_score": ("fake_score", fake_score)}
-    if dmd.config.regression_weight > 0:
-        losses["regression"] = ("student", regression)
-    with nudged(dmd.fake_score):  # it starts as the teacher's copy, and equal scores give a gradient of zero
-        check_gradient_contract(dmd.roles, losses)
-
-
-def _draw(
-    conditions: Tensor, sample_shape: tuple[int, ...], batch_size: int, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Random numbers come from the CPU whatever the device: one seed, one run."""
-    noise = torch.randn(batch_size, *sample_shape, generator=generator).to(conditions)
-    chosen = torch.randint(len(conditions), (batch_size,), generator=generator)
-    return noise, conditions[chosen.to(conditions.device)]
-
-
-def _updater(network: nn.Module, config: DMDConfig, learning_rate: float, updates: int) -> RoleUpdater:
-    return RoleUpdater(
-        network,
-        learning_rate=learning_rate,
-        betas=(config.beta1, config.beta2),
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-        schedule=warm_up_then_decay(updates, config.warm_up, config.decay),
-    )
-
-
-def _is_report(update: int, config: DMDConfig) -> bool:
-    return update % config.report_every == 0 or update == config.iterations
 
 
 def _require(name: str, value: float, holds: bool, needed: str) -> None:

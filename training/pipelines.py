@@ -61,21 +61,16 @@ def one_step_scheduler(scheduler, timestep: int) -> DDIMScheduler:
     """
     from diffusers import DDIMScheduler
 
-    config = dict(scheduler.config)
-    if timestep < config["num_train_timesteps"] - 1:
-        config["num_train_timesteps"] = timestep + 1
-        config["trained_betas"] = scheduler.betas[: timestep + 1].tolist()
-        config["rescale_betas_zero_snr"] = False  # these betas are rescaled already, if they are
+    config = scheduler.config
+    # As keywords: from_config ignores what its dictionary says of options that once were left at their default.
+    options = {"timestep_spacing": "trailing", "steps_offset": 1, "set_alpha_to_one": True}
+    options |= {"clip_sample": False, "thresholding": False}
+    if timestep < config.num_train_timesteps - 1:
+        betas = scheduler.betas[: timestep + 1].tolist()  # already rescaled, if they are
+        options |= {"num_train_timesteps": timestep + 1, "trained_betas": betas, "rescale_betas_zero_snr": False}
     elif config.get("prediction_type", "epsilon") == "epsilon":
-        config["rescale_betas_zero_snr"] = False
-    return DDIMScheduler.from_config(
-        config,
-        timestep_spacing="trailing",
-        steps_offset=1,
-        set_alpha_to_one=True,
-        clip_sample=False,
-        thresholding=False,
-    )
+        options["rescale_betas_zero_snr"] = False
+    return DDIMScheduler.from_config(config, **options)
 
 
 def one_step_pipeline(teacher: DiffusionPipeline, student: nn.Module, timestep: int) -> DiffusionPipeline:
@@ -88,13 +83,21 @@ def one_step_pipeline(teacher: DiffusionPipeline, student: nn.Module, timestep: 
     return pipeline
 
 
-def save_pipeline(pipeline: DiffusionPipeline, folder: str | Path, facts: dict, frozen_parts: str | Path | None = None):
+def save_pipeline(
+    pipeline: DiffusionPipeline,
+    folder: str | Path,
+    facts: dict,
+    *,
+    card: str | None = None,
+    frozen_parts: str | Path | None = None,
+) -> None:
     """Write a pipeline folder that plain diffusers opens, replacing `folder` only once everything is written.
 
     Args:
         pipeline: its UNet is saved as float16, its scheduler as it is.
         folder: an existing pipeline folder is replaced; anything else that is not empty raises.
         facts: what it was trained with and how to sample it, as `fastdistill.json` beside `model_index.json`.
+        card: the model card, Markdown, as `README.md`.
         frozen_parts: the teacher's folder, whose other components are then copied byte for byte. Without it they are
             saved from memory, in their dtype.
 
@@ -119,6 +122,8 @@ def save_pipeline(pipeline: DiffusionPipeline, folder: str | Path, facts: dict, 
             content.pop("_name_or_path", None)  # where it was loaded from means nothing to others
             config.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         (fresh / FACTS_FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        if card is not None:
+            (fresh / "README.md").write_text(card, encoding="utf-8")
         for path in fresh.rglob("*"):
             path.chmod(0o755 if path.is_dir() else 0o644)
         if folder.exists():

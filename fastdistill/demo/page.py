@@ -44,8 +44,8 @@ def render_html(result: DemoResult) -> str:
 <h2>How it was made</h2>
 <pre>{escape(result.command)}</pre>
 <dl class="facts">{"".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in facts(result).items())}</dl>
-<footer>Made by fastdistill {escape(result.versions["fastdistill"])} in {seconds_and_minutes(result.seconds)}. The digits
-it learned from are the UCI handwritten digits of E. Alpaydin and C. Kaynak (CC BY 4.0).</footer>
+<footer>Made by fastdistill {escape(result.versions["fastdistill"])} in {seconds_and_minutes(result.seconds)}.
+The real digits are the UCI handwritten digits of E. Alpaydin and C. Kaynak (CC BY 4.0).</footer>
 </main>
 </body>
 </html>
@@ -57,16 +57,19 @@ def _key_figures(result: DemoResult) -> str:
     entries = (
         (f"{significant(result.speedup)}<small>×</small>", f"faster than the teacher in {result.teacher.steps} steps"),
         (f"{significant(student.median)}<small> ms</small>", "per image, made one at a time"),
-        (f"{student.scores.fd:.2f}", f"Fréchet distance to real digits; the teacher hurried to one step: {untrained.scores.fd:.2f}"),
+        (
+            f"{student.scores.fd:.2f}",
+            f"Fréchet distance to real digits; the teacher in one step: {untrained.scores.fd:.2f}",
+        ),
         (f"{100 * student.scores.accuracy:.1f}<small> %</small>", "recognised as the digit that was asked for"),
     )
-    return f'<dl class="figures">{"".join(f"<div><dd>{value}</dd><dt>{label}</dt></div>" for value, label in entries)}</dl>'
+    cells = "".join(f"<div><dd>{value}</dd><dt>{label}</dt></div>" for value, label in entries)
+    return f'<dl class="figures">{cells}</dl>'
 
 
 def _row(row: Row, best: bool) -> str:
     images = "".join(
-        f'<img class="drawn" alt="{digit}" src="{_inline(row.samples[digit])}">'
-        for digit in range(DIGITS)
+        f'<img class="drawn" alt="{digit}" src="{_inline(row.samples[digit])}">' for digit in range(DIGITS)
     )
     return f"""<section class="row{" best" if best else ""}">
 <div><h3>{escape(row.title)}</h3><p class="note">{escape(row.note)}</p></div>
@@ -83,7 +86,7 @@ def _walls(result: DemoResult) -> str:
         for row in (result.teacher, result.student)
     )
     return f"""<h2>A hundred of each</h2>
-<p class="note">Ten of every digit, none selected: seeds {result.seed} to {result.seed + 99}, the same on both sides.</p>
+<p class="note">None selected: the seeds are {result.seed} to {result.seed + 99}, the same on both sides.</p>
 <div class="walls">{walls}</div>
 """
 
@@ -94,10 +97,11 @@ def _table(result: DemoResult) -> str:
     for row in result.rows:
         low, median, high = row.milliseconds
         lines.append(
-            f'<tr{" class=best" if row is result.student else ""}><td>{escape(row.name)}</td><td>{row.steps}</td>'
+            f"<tr{' class=best' if row is result.student else ''}><td>{escape(row.name)}</td><td>{row.steps}</td>"
             f'<td class="bar"><i style="width:{100 * median / slowest:.1f}%"></i></td>'
             f'<td>{significant(median)}<span class="unit">{significant(low)} to {significant(high)}</span></td>'
-            f"<td>{row.scores.fd:.2f}</td><td>{100 * row.scores.accuracy:.1f} %</td><td>{row.scores.diversity:.2f}</td></tr>"
+            f"<td>{row.scores.fd:.2f}</td><td>{100 * row.scores.accuracy:.1f} %</td>"
+            f"<td>{row.scores.diversity:.2f}</td></tr>"
         )
     return f"""<div class="scroll"><table>
 <thead><tr><th>Model</th><th>Steps</th><th class="bar"></th><th>Time per image, ms</th><th>Fréchet distance</th>

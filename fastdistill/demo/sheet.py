@@ -16,18 +16,18 @@ PAPER, INK, SOFT, LINE, ACCENT = "#faf7f1", "#1d1b17", "#6d665a", "#ddd5c6", "#b
 WIDTH, MARGIN = 2000, 96
 DIGIT, PITCH = 112, 124  # one digit is 3.5 times its 32 pixels; some paper between them
 LABEL = 330  # where the digits begin, from the margin
-TOP, ROW, BOTTOM = 330, 190, 130
+TOP, ROW, BOTTOM = 300, 190, 156
 
 
 def render_sheet(result: DemoResult) -> Image.Image:
-    """An RGB picture, 2000 pixels wide; its height grows with the number of rows."""
+    """A picture in 256 colours, 2000 pixels wide; its height grows with the number of rows."""
     sheet = Image.new("RGB", (WIDTH, TOP + ROW * len(result.rows) + BOTTOM), PAPER)
     draw = ImageDraw.Draw(sheet)
     _heading(draw, result)
     for index, row in enumerate(result.rows):
         _row(sheet, draw, TOP + index * ROW, row, row is result.student)
     _foot(draw, sheet.height - BOTTOM, result)
-    return sheet
+    return sheet.quantize(256, dither=Image.Dither.NONE)  # two colours and their mixtures: nothing is lost
 
 
 def _heading(draw: ImageDraw.ImageDraw, result: DemoResult) -> None:
@@ -54,9 +54,8 @@ def _row(sheet: Image.Image, draw: ImageDraw.ImageDraw, top: int, row: Row, best
     right = WIDTH - MARGIN
     draw.text((right, middle - 10), f"{significant(row.median)} ms", colour, _font(48), anchor="rs")
     draw.text((right, middle + 28), "per image", SOFT, _font(23), anchor="rs")
-    draw.text(
-        (right, middle + 62), f"FD {row.scores.fd:.2f} · {100 * row.scores.accuracy:.1f} %", SOFT, _font(23), anchor="rs"
-    )
+    figures = f"FD {row.scores.fd:.2f} · {100 * row.scores.accuracy:.1f} %"
+    draw.text((right, middle + 62), figures, SOFT, _font(23), anchor="rs")
 
 
 def _draw_ink(sheet: Image.Image, pixels, left: int, top: int) -> None:
@@ -70,10 +69,12 @@ def _foot(draw: ImageDraw.ImageDraw, top: int, result: DemoResult) -> None:
     draw.line((MARGIN, top, WIDTH - MARGIN, top), LINE, 2)
     _lines(
         draw,
-        (MARGIN, top + 44),
-        f"FD: Frechet distance of {result.images} images to the 1797 real digits, 0 is indistinguishable. %: recognised as "
-        f"the digit that was asked for. ms: median of {result.timed} images made\none at a time on {machine['device']}, "
-        f"{machine['processor']}, {machine['threads']} of {machine['cores']} cores. Made by: {result.command}",
+        (MARGIN, top + 46),
+        f"FD: Frechet distance of {result.images} images to the 1797 real digits; 0 is indistinguishable. "
+        "%: recognised as the digit that was asked for.\n"
+        f"Time: median of {result.timed} images made one at a time on {machine['device']} "
+        f"({machine['processor']}, {machine['threads']} of {machine['cores']} cores).\n"
+        f"Made by: {result.command}",
         SOFT,
         21,
     )

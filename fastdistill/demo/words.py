@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from .result import DemoResult
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 def headline(result: DemoResult) -> str:
@@ -47,6 +52,26 @@ def facts(result: DemoResult) -> dict[str, str]:
             f"{seconds_and_minutes(result.training.seconds)}"
         )
     return lines
+
+
+def summary(result: DemoResult) -> Table:
+    """The figures as a table for a terminal."""
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column("")
+    for column in ("ms per image", "FD", "recognised", "diversity"):
+        table.add_column(column, justify="right")
+    for row in result.rows:
+        table.add_row(
+            row.title,
+            significant(row.median),
+            f"{row.scores.fd:.2f}",
+            f"{100 * row.scores.accuracy:.1f} %",
+            f"{row.scores.diversity:.2f}",
+            style="bold" if row is result.student else "",
+        )
+    return table
 
 
 def significant(value: float) -> str:

@@ -54,7 +54,8 @@ class Components:
     def to(self, device: torch.device, dtype: torch.dtype) -> Components:
         for part in (self.unet, self.decoder, self.post_quant_conv, self.text_encoder):
             if part is not None:
-                part.to(device=device, dtype=dtype).eval().requires_grad_(False)
+                # torch's own `to`: that of diffusers models logs a warning at every change of dtype.
+                torch.nn.Module.to(part, device=device, dtype=dtype).eval().requires_grad_(False)
         return self
 
 

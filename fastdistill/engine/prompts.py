@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,25 +26,31 @@ class PromptEncoder:
         positions = getattr(text_encoder.config, "max_position_embeddings", tokenizer.model_max_length)
         self.limit = min(tokenizer.model_max_length, positions)
 
-    def check(self, argument: str, prompts: Sequence[str]) -> None:
-        """Raise a ValueError for a prompt of more tokens than the encoder reads; `argument` is named in it."""
+    def tokenize(self, argument: str, prompts: Sequence[str]) -> dict[str, Any]:
+        """Token ids and mask of each prompt that is not cached.
+
+        Raises:
+            ValueError: a prompt of more tokens than the encoder reads; `argument` is named in it.
+        """
+        tokens = {}
         for prompt in prompts:
-            if prompt in self._cache:
+            if prompt in self._cache or prompt in tokens:
                 continue
-            with self._lock:
-                count = len(self._tokenizer(prompt, truncation=False, verbose=False).input_ids)
+            tokens[prompt] = self._tokenize(prompt)
+            count = tokens[prompt].input_ids.shape[1]
             if count > self.limit:
                 raise ValueError(
                     f"{argument}: {_shortened(prompt)!r} is {count} tokens long (start and end included); "
                     f"this model reads at most {self.limit}"
                 )
+        return tokens
 
-    def __call__(self, prompts: Sequence[str]) -> Tensor:
-        """(B, tokens, D) in the text encoder's dtype and on its device. Prompts must have passed `check`."""
+    def __call__(self, prompts: Sequence[str], tokens: Mapping[str, Any]) -> Tensor:
+        """(B, tokens, D) in the text encoder's dtype and on its device; `tokens` is what `tokenize` gave."""
         encoded: dict[str, Tensor] = {}
         for prompt in prompts:
             if prompt not in encoded:
-                encoded[prompt] = self._encode(prompt)
+                encoded[prompt] = self._encode(prompt, tokens.get(prompt))
         return torch.cat([encoded[prompt] for prompt in prompts]) if len(prompts) > 1 else encoded[prompts[0]]
 
     def clear(self) -> None:
@@ -51,17 +58,30 @@ class PromptEncoder:
         with self._lock:
             self._cache.clear()
 
-    def _encode(self, prompt: str) -> Tensor:
+    def _tokenize(self, prompt: str):
+        with self._lock:
+            # Nothing is cut off; verbose=False: nor is there a warning where an error follows.
+            return self._tokenizer(
+                prompt,
+                padding="max_length",
+                max_length=self.limit,
+                truncation=False,
+                return_tensors="pt",
+                verbose=False,
+            )
+
+    def _encode(self, prompt: str, tokens) -> Tensor:
         """(1, tokens, D)"""
         with self._lock:
             if prompt in self._cache:
                 self._cache.move_to_end(prompt)
                 return self._cache[prompt]
-            tokens = self._tokenizer(prompt, padding="max_length", max_length=self.limit, return_tensors="pt")
-        device = self._text_encoder.device
-        config = self._text_encoder.config
-        mask = tokens.attention_mask.to(device) if getattr(config, "use_attention_mask", False) else None
-        embedding = self._text_encoder(tokens.input_ids.to(device), attention_mask=mask)[0]
+        tokens = tokens or self._tokenize(prompt)  # it was cached when it was looked at, and has been dropped since
+        encoder = self._text_encoder
+        mask = (
+            tokens.attention_mask.to(encoder.device) if getattr(encoder.config, "use_attention_mask", False) else None
+        )
+        embedding = encoder(tokens.input_ids.to(encoder.device), attention_mask=mask)[0]
         if self._capacity:
             with self._lock:
                 self._cache[prompt] = embedding

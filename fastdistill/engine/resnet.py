@@ -1,4 +1,4 @@
-"""diffusers' `ResnetBlock2D` in the form the passes need: exchangeable norms, and a time embedding that can be a bias."""
+"""diffusers' `ResnetBlock2D` as the passes need it: exchangeable norms, and a time embedding that can be a bias."""
 
 from __future__ import annotations
 
@@ -54,8 +54,9 @@ def why_not(block) -> str | None:
     """Why a `ResnetBlock2D` cannot be written as a `ResidualBlock`; None when it can."""
     if not isinstance(block.nonlinearity, torch.nn.SiLU):
         return f"its activation is {type(block.nonlinearity).__name__}, not SiLU"
-    if block.time_embedding_norm != "default":
-        return f"time_embedding_norm={block.time_embedding_norm!r} scales the norm's output"
+    # The VAE's blocks say "group" and have no time embedding at all.
+    if block.time_embedding_norm != "default" and block.time_emb_proj is not None:
+        return f"time_embedding_norm={block.time_embedding_norm!r} does not add the embedding before norm2"
     if block.upsample is not None or block.downsample is not None:
         return "it resamples between norm1 and conv1"
     if not all(isinstance(norm, torch.nn.GroupNorm) for norm in (block.norm1, block.norm2)):

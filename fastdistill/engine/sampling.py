@@ -99,7 +99,11 @@ def make_plan(scheduler, num_steps: int) -> Plan:
         raise ValueError(f"steps={num_steps}: {type(scheduler).__name__} of this model refuses: {reason}") from error
     steps = steps_of(scheduler)
     for step in steps:
-        step.affine()  # raises where the conversion does not exist
+        try:
+            step.affine()
+        except ValueError as error:  # the conversion does not exist
+            place = f"{type(scheduler).__name__} visits t = {step.timestep}"
+            raise ValueError(f"steps={num_steps}: {place}, where {error}") from error
     return Plan(steps, float(scheduler.init_noise_sigma))
 
 

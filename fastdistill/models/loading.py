@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,7 +43,9 @@ def resolve_model(name_or_path: str | Path) -> Path:
         return known[str(name_or_path)]
     folder = Path(name_or_path).expanduser()
     if not str(name_or_path).strip() or not folder.exists():
-        raise ModelError(f"unknown model {str(name_or_path)!r}: neither a folder nor one of {', '.join(known) or '(none)'}")
+        raise ModelError(
+            f"unknown model {str(name_or_path)!r}: neither a folder nor one of {', '.join(known) or '(none)'}"
+        )
     if not folder.is_dir():
         raise ModelError(f"{folder}: a file; needed a folder that holds model_index.json")
     if not (folder / "model_index.json").is_file():
@@ -69,28 +72,74 @@ def load_pipeline(name_or_path: str | Path, dtype: torch.dtype | None = None):
 
     try:
         with quiet_libraries():
-            # low_cpu_mem_usage needs accelerate, which is not a dependency, and warns without it.
-            pipeline = DiffusionPipeline.from_pretrained(
-                folder, torch_dtype=dtype or torch.float32, low_cpu_mem_usage=False, local_files_only=True
-            )
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError, SafetensorError) as error:
+            options = _diffusers_options(dtype or torch.float32)
+            models = _load_models(folder, options, dtype or torch.float32)
+            pipeline = DiffusionPipeline.from_pretrained(folder, **options, **models)
+    except ModelError:
+        raise
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        ImportError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:
         raise ModelError(f"{folder}: diffusers cannot open it: {_one_line(error)}") from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
-def _components(folder: Path) -> list[str]:
+def _load_models(folder: Path, options: dict, dtype: torch.dtype) -> dict:
+    """The models of diffusers and transformers in `folder`; loaded one by one because only so do they tell what lacks.
+
+    A pipeline would give a tensor that is missing in the file random values and go on.
+    """
+    models = {}
+    for component, (library, class_name) in _components(folder).items():
+        if library not in ("diffusers", "transformers") or not (folder / component / "config.json").is_file():
+            continue
+        own = options if library == "diffusers" else {"dtype": dtype, "local_files_only": True}
+        model_class = getattr(importlib.import_module(library), class_name)
+        model, report = model_class.from_pretrained(folder / component, output_loading_info=True, **own)
+        if report["missing_keys"]:
+            raise ModelError(
+                f"{folder}: the weight file of {component!r} lacks {', '.join(sorted(report['missing_keys']))}"
+            )
+        models[component] = model.eval()
+    return models
+
+
+def _diffusers_options(dtype: torch.dtype) -> dict:
+    """Keyword arguments for `from_pretrained` of diffusers, without warnings in any version."""
+    import diffusers
+    from packaging.version import Version
+
+    # Renamed in 0.40, which warns about the old name; older versions ignore the new one.
+    name = "dtype" if Version(diffusers.__version__) >= Version("0.40") else "torch_dtype"
+    # low_cpu_mem_usage needs accelerate, which is not a dependency.
+    return {name: dtype, "low_cpu_mem_usage": False, "local_files_only": True}
+
+
+def _components(folder: Path) -> dict[str, tuple[str, str]]:
+    """Library and class of each component that is there, by name."""
     index = _read_json(folder / "model_index.json")
     if not isinstance(index, dict) or "_class_name" not in index:
-        raise ModelError(f"{folder / 'model_index.json'}: needed an object with _class_name; this is no diffusers pipeline")
-    entries = {name: entry for name, entry in index.items() if not name.startswith("_")}
-    return [name for name, entry in entries.items() if isinstance(entry, list) and entry and entry[0] is not None]
+        raise ModelError(
+            f"{folder / 'model_index.json'}: needed an object with _class_name; this is no diffusers pipeline"
+        )
+    entries = {name: entry for name, entry in index.items() if isinstance(entry, list) and len(entry) == 2}
+    return {name: tuple(entry) for name, entry in entries.items() if entry[0] is not None}
 
 
 def _check_component(folder: Path, component: str) -> None:
     part = folder / component
     if not part.is_dir():
-        raise ModelError(f"{folder}: component {component!r} is missing (model_index.json lists it, there is no such folder)")
+        raise ModelError(
+            f"{folder}: component {component!r} is missing (model_index.json lists it, there is no such folder)"
+        )
     files = list(part.iterdir())
     if not any(file.suffix == ".json" for file in files):
         raise ModelError(f"{part}: component {component!r} has no configuration file")

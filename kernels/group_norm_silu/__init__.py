@@ -36,9 +36,9 @@ def group_norm_silu(
     The caller has checked the arguments; nothing is checked here.
 
     Args:
-        x: (N, C, *spatial), float32, float16 or bfloat16, N > 0. Read as (N, C, S) it is contiguous but for the stride of
-            N, or has its channels last: stride 1 along C, any stride >= C along S. On a CUDA device, or on the CPU when the
-            process runs Triton's interpreter (TRITON_INTERPRET=1).
+        x: (N, C, *spatial), float32, float16 or bfloat16, N > 0. Read as (N, C, S), each image is contiguous or has
+            its channels last (stride 1 along C, any stride >= C along S); images may lie further apart. On a CUDA
+            device, or on the CPU when the process runs Triton's interpreter (TRITON_INTERPRET=1).
         num_groups: G, a divisor of C.
         weight, bias: (C,) in x's dtype or float32, or None for 1 and 0.
         add: (N, C) in x's dtype or float32, any strides, or None for 0.
@@ -46,8 +46,8 @@ def group_norm_silu(
         silu: whether the SiLU is applied.
 
     Returns:
-        y with x's dtype and the strides of `torch.empty_like(x)`; mean and 1 / sqrt(biased variance + eps) of x + add, both
-        (N, G) float32.
+        y with x's dtype and the strides of `torch.empty_like(x)`; mean and 1 / sqrt(biased variance + eps) of x +
+        add, both (N, G) float32.
     """
     launches, outputs = plan_forward(x, num_groups, weight, bias, add, eps, silu)
     run_all(launches, x.device)
@@ -68,13 +68,15 @@ def group_norm_silu_backward(
     """Gradients of `group_norm_silu` for x, weight, bias and add. Everything but x, mean and rstd is recomputed.
 
     Args:
-        grad_y: like x but with any strides that can be read as (N, C, S): the other layout, or 0 when it was expanded.
+        grad_y: like x but with any strides that can be read as (N, C, S): the other layout, or 0 when it was
+            expanded.
         mean, rstd: (N, G) float32, contiguous, as `group_norm_silu` returned them.
         The others as in `group_norm_silu`.
 
     Returns:
-        grad_x with x's dtype and the strides of `torch.empty_like(x)`; grad_weight and grad_bias (C,) float32; grad_add (N, C)
-        float32, the sum of grad_x over the pixels before its rounding. All four, whether or not the parameter was given.
+        grad_x with x's dtype and the strides of `torch.empty_like(x)`; grad_weight and grad_bias (C,) float32;
+        grad_add (N, C) float32, the sum of grad_x over the pixels before its rounding. All four, whether or not the
+        parameter was given.
     """
     launches, outputs = plan_backward(grad_y, x, num_groups, weight, bias, add, mean, rstd, silu)
     run_all(launches, x.device)

@@ -1,12 +1,13 @@
 """Backward kernels of GroupNorm + SiLU and the plan of their launches.
 
-With u = x + add, xhat = (u - mean) * rstd, z = xhat * weight + bias, dz = grad_y * silu'(z), and D elements in a group,
+With u = x + add, xhat = (u - mean) * rstd, z = xhat * weight + bias, dz = grad_y * silu'(z), and D elements in a
+group,
 
     grad_x = rstd * (weight * dz - sum_D(weight * dz) / D - xhat * sum_D(weight * dz * xhat) / D).
 
-Three sums over the pixels of a channel are enough for everything else: of dz (grad_bias), of dz * xhat (grad_weight) and
-of xhat. Together they give grad_add, the sum of grad_x over the pixels, in float32 and without a second look at grad_x.
-The regimes are those of forward.py; one more launch adds up the weight's and the bias's gradients over the batch.
+Three sums over the pixels of a channel are enough for everything else: of dz (grad_bias), of dz * xhat (grad_weight)
+and of xhat. Together they give grad_add, the sum of grad_x over the pixels, in float32 and without a second look at
+grad_x. The regimes are those of forward.py; one more launch adds up the gradients of weight and bias over the batch.
 """
 
 from __future__ import annotations
@@ -16,9 +17,24 @@ import triton
 import triton.language as tl
 
 from ..launch import Launch
+from .device import (
+    COMBINE_RUNTIME_SIZES,
+    RUNTIME_SIZES,
+    activation_gradient,
+    group_totals,
+    load_channel_values,
+    tile_pointers,
+)
 from .plan import Arguments, channel_arguments, plan_whole, stride_arguments
-from .device import activation_gradient, group_totals, load_channel_values, tile_pointers
-from .tiles import MAX_WHOLE_BACKWARD, SPLIT_WARPS, Problem, SplitTile, choose_split_tile, choose_whole_tile
+from .tiles import (
+    COMBINE_WARPS,
+    MAX_WHOLE_BACKWARD,
+    SPLIT_WARPS,
+    Problem,
+    SplitTile,
+    choose_split_tile,
+    choose_whole_tile,
+)
 
 
 @triton.jit
@@ -64,7 +80,7 @@ def _grad_add(pixels, sum_dz, sum_xhat, rstd, weight, mean_dz, mean_dz_xhat):
     return rstd * (weight * sum_dz - pixels * mean_dz - sum_xhat * mean_dz_xhat)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUNTIME_SIZES)
 def _backward_whole_kernel(
     grad_y_ptr,
     x_ptr,
@@ -152,7 +168,7 @@ def _backward_whole_kernel(
     tl.store(grad_add_ptr + channel, grad_add, mask=in_tile)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUNTIME_SIZES)
 def _gradient_sums_kernel(
     grad_y_ptr,
     x_ptr,
@@ -232,7 +248,7 @@ def _gradient_sums_kernel(
     tl.store(row + 2 * partial_stride, tl.sum(sum_xhat, axis=1), mask=in_channels)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COMBINE_RUNTIME_SIZES)
 def _combine_gradient_sums_kernel(
     partial_ptr,
     weight_ptr,
@@ -284,7 +300,7 @@ def _combine_gradient_sums_kernel(
     tl.store(mean_dz_xhat_ptr + program, tl.sum(mean_dz_xhat, axis=0) / elements)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUNTIME_SIZES)
 def _apply_gradient_kernel(
     grad_y_ptr,
     x_ptr,
@@ -367,7 +383,7 @@ def _apply_gradient_kernel(
         tl.store(grad_add_ptr + channel, grad_add, mask=in_channels)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COMBINE_RUNTIME_SIZES)
 def _sum_over_batch_kernel(
     sum_dz_xhat_ptr,
     sum_dz_ptr,
@@ -392,9 +408,7 @@ def _sum_over_batch_kernel(
     tl.store(grad_bias_ptr + c, tl.sum(grad_bias, axis=0), mask=c < channels)
 
 
-COMBINE_BLOCK = {"BLOCK_K": 64, "BLOCK_C": 16}  # partials and channels per step: one compiled version for every problem
 BATCH_BLOCK = {"BLOCK_N": 32, "BLOCK_C": 32}
-COMBINE_WARPS = 4
 
 
 def plan_backward(
@@ -408,7 +422,8 @@ def plan_backward(
     rstd: torch.Tensor,
     silu: bool,
 ) -> tuple[list[Launch], tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Allocate (grad_x, grad_weight, grad_bias, grad_add) and plan the launches that fill them; `meta` tensors will do."""
+    """Allocate (grad_x, grad_weight, grad_bias, grad_add) and plan the launches that fill them; `meta` tensors will
+    do."""
     problem = Problem.of(x, num_groups)
     grad_x = torch.empty_like(x)
     grad_add = x.new_empty((problem.batch, problem.channels), dtype=torch.float32)
@@ -462,7 +477,7 @@ def _plan_split(problem: Problem, tile: SplitTile, arguments: Arguments, silu: b
             _combine_gradient_sums_kernel,
             programs=problem.batch * problem.groups,
             arguments=arguments,
-            constexprs=COMBINE_BLOCK,
+            constexprs=tile.combine_blocks(problem.channels_per_group),
             num_warps=COMBINE_WARPS,
         ),
         Launch.of(

@@ -3,6 +3,31 @@
 import triton
 import triton.language as tl
 
+# Sizes that decide no alignment are left out of a kernel's specialisation: fewer versions to compile.
+RUNTIME_SIZES = [
+    "batch",
+    "groups",
+    "channels_per_group",
+    "units_per_tile",
+    "tiles",
+    "channel_tiles",
+    "pixel_tiles",
+    "splits",
+]
+# The combine kernels read a few floats: no size and no stride is worth a version of its own.
+COMBINE_RUNTIME_SIZES = [
+    *RUNTIME_SIZES,
+    "channels",
+    "pixels",
+    "pixels_per_split",
+    "weight_stride",
+    "bias_stride",
+    "add_stride_n",
+    "add_stride_c",
+    "coefficient_stride",
+    "partial_stride",
+]
+
 
 @triton.jit
 def load_channel_values(ptr, offsets, mask, default: tl.constexpr):
@@ -32,7 +57,8 @@ def activation_gradient(grad_y, z, SILU: tl.constexpr):
 
 @triton.jit
 def group_totals(values, slot, BLOCK_G: tl.constexpr):
-    """For each channel the total of `values` over its group. slot: the group's place in the tile; >= BLOCK_G: padding.
+    """For each channel the total of `values` over its group. slot: the group's place in the tile; >= BLOCK_G:
+    padding.
 
     Selecting instead of multiplying by 0 and 1 keeps a NaN inside its own group.
     """

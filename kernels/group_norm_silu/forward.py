@@ -1,10 +1,10 @@
 """Forward kernels of GroupNorm + SiLU and the plan of their launches.
 
-*Whole*: one launch; a program holds whole groups in registers. *Split*: one launch for moments per channel and run of pixels, one
-that combines them per group, one that applies them.
+*Whole*: one launch; a program holds whole groups in registers. *Split*: one launch for moments per channel and run
+of pixels, one that combines them per group, one that applies them.
 
-Statistics are two-pass inside a tile, combined across tiles after Chan, Golub and LeVeque (1979), "Updating formulae and a
-pairwise algorithm for computing sample variances": never E[x^2] - E[x]^2.
+Statistics are two-pass inside a tile, combined across tiles after Chan, Golub and LeVeque (1979), "Updating
+formulae and a pairwise algorithm for computing sample variances": never E[x^2] - E[x]^2.
 """
 
 from __future__ import annotations
@@ -14,12 +14,28 @@ import triton
 import triton.language as tl
 
 from ..launch import Launch
+from .device import (
+    COMBINE_RUNTIME_SIZES,
+    RUNTIME_SIZES,
+    activate,
+    group_totals,
+    load_channel_values,
+    tile_pointers,
+    two_sum,
+)
 from .plan import Arguments, channel_arguments, plan_whole, stride_arguments
-from .device import activate, group_totals, load_channel_values, tile_pointers, two_sum
-from .tiles import MAX_WHOLE_FORWARD, SPLIT_WARPS, Problem, SplitTile, choose_split_tile, choose_whole_tile
+from .tiles import (
+    COMBINE_WARPS,
+    MAX_WHOLE_FORWARD,
+    SPLIT_WARPS,
+    Problem,
+    SplitTile,
+    choose_split_tile,
+    choose_whole_tile,
+)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUNTIME_SIZES)
 def _forward_whole_kernel(
     x_ptr,
     y_ptr,
@@ -66,8 +82,8 @@ def _forward_whole_kernel(
     add = load_channel_values(add_ptr, n * add_stride_n + c * add_stride_c, in_tile, 0.0)
     u = tl.where(mask, x.to(tl.float32) + add[:, None], 0.0)
 
-    # The mean is kept as (mean, drift): subtracting the rounded mean is exact near it, and its own rounding error comes
-    # back as the mean of the differences, so |mean| >> std costs no digits.
+    # The mean is kept as (mean, drift): subtracting the rounded mean is exact near it, and its own rounding error
+    # comes back as the mean of the differences, so |mean| >> std costs no digits.
     mean = group_totals(tl.sum(u, axis=1), slot, BLOCK_G) / elements
     centred = tl.where(mask, u - mean[:, None], 0.0)
     drift = group_totals(tl.sum(centred, axis=1), slot, BLOCK_G) / elements
@@ -87,7 +103,7 @@ def _forward_whole_kernel(
     tl.store(rstd_ptr + group, rstd, mask=first_of_group)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUNTIME_SIZES)
 def _moments_kernel(
     x_ptr,
     partial_mean_ptr,
@@ -116,8 +132,8 @@ def _moments_kernel(
     mask = in_channels[:, None] & (s < stop)[None, :]
     x_ptrs = tile_pointers(x_ptr, n, c, s, x_stride_n, x_stride_c, x_stride_s)
     x = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
-    # Differences to the mean of the first tile: small enough to be summed without loss whatever |mean| / std is, and at
-    # worst 1 / iterations of the pixels are outliers to the others.
+    # Differences to the mean of the first tile: small enough to be summed without loss whatever |mean| / std is,
+    # and at worst 1 / iterations of the pixels are outliers to the others.
     reference = tl.sum(x, axis=1) / tl.minimum(stop - start, BLOCK_S).to(tl.float32)
     centred = tl.where(mask, x - reference[:, None], 0.0)
     first_moment = centred
@@ -137,7 +153,7 @@ def _moments_kernel(
     tl.store(partial_m2_ptr + partial, tl.where(m2 < 0.0, 0.0, m2), mask=in_channels)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COMBINE_RUNTIME_SIZES)
 def _combine_moments_kernel(
     partial_mean_ptr,
     partial_m2_ptr,
@@ -217,7 +233,7 @@ def _combine_moments_kernel(
         tl.store(row + 2 * coefficient_stride, shift, mask=in_group)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUNTIME_SIZES)
 def _apply_kernel(
     x_ptr,
     y_ptr,
@@ -254,10 +270,6 @@ def _apply_kernel(
     z = (x.to(tl.float32) - centre[:, None]) * scale[:, None] + shift[:, None]
     y_ptrs = tile_pointers(y_ptr, n, c, s, y_stride_n, y_stride_c, y_stride_s)
     tl.store(y_ptrs, activate(z, SILU).to(y_ptr.dtype.element_ty), mask=mask)
-
-
-COMBINE_BLOCK = {"BLOCK_K": 64, "BLOCK_C": 16}  # partials and channels per step: one compiled version for every problem
-COMBINE_WARPS = 4
 
 
 def plan_forward(
@@ -305,7 +317,7 @@ def _plan_split(problem: Problem, tile: SplitTile, arguments: Arguments, silu: b
             _combine_moments_kernel,
             programs=problem.batch * problem.groups,
             arguments=arguments,
-            constexprs=COMBINE_BLOCK,
+            constexprs=tile.combine_blocks(problem.channels_per_group),
             num_warps=COMBINE_WARPS,
         ),
         Launch.of(

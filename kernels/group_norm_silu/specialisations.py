@@ -1,8 +1,9 @@
 """The compiled versions of the kernels that the ahead-of-time gate checks.
 
-A version is decided by the tile, the dtypes, which strides are 1 and which addresses and sizes are multiples of 16. The probes
-below take each kernel through every regime, layout and dtype, with and without alignment, at the tiles that the real sites of
-the diffusion models use and at the largest ones. They go through the same plans as a call with data.
+A version is decided by the tile, the dtypes, which strides are 1 and which addresses and sizes are multiples of 16.
+The probes below take each kernel through every regime, layout and dtype, with and without alignment, at the tiles
+that the real sites of the diffusion models use and at the largest ones. They go through the same plans as a call
+with data.
 """
 
 from __future__ import annotations
@@ -54,19 +55,20 @@ class Probe:
 
 def probes() -> Iterator[Probe]:
     for channels_last in (False, True):
-        for dtype in (torch.bfloat16, torch.float32):
-            yield Probe((1, 1280, 8, 8), 32, dtype, channels_last)  # Stable Diffusion's lowest level: whole, both ways
-            yield Probe((1, 1280, 16, 16), 32, dtype, channels_last)  # the largest whole tile forward, split backward
-            yield Probe((1, 320, 64, 64), 32, dtype, channels_last)  # its highest level: split
-            yield Probe((1, 320, 64, 64), 32, dtype, channels_last, grad_channels_last=not channels_last)
-        yield Probe((2, 128, 512, 512), 32, torch.float16, channels_last, parameters=torch.float16)  # VAE decoder
-        yield Probe((16, 32, 16, 16), 8, torch.float32, channels_last)  # several groups per tile
+        # Stable Diffusion's UNet from its lowest level up: whole both ways, whole forward at its largest, split.
+        yield Probe((1, 1280, 8, 8), 32, torch.bfloat16, channels_last)
+        yield Probe((1, 1280, 16, 16), 32, torch.float32, channels_last)
+        yield Probe((1, 320, 64, 64), 32, torch.bfloat16, channels_last, grad_channels_last=not channels_last)
+        # Its VAE decoder.
+        yield Probe((2, 128, 512, 512), 32, torch.float16, channels_last, parameters=torch.float16)
+        # Nothing aligned.
         yield Probe((3, 33, 7, 9), 11, torch.float16, channels_last, parameters=None, silu=False, storage_offset=1)
-        yield Probe((1, 66, 65, 67), 2, torch.bfloat16, channels_last, storage_offset=1)  # split, nothing aligned
-    yield Probe((8, 640), 32, torch.float32)  # no pixels to speak of
-    yield Probe((1, 2560, 40), 1, torch.bfloat16)  # one group of many channels
+        yield Probe((1, 66, 65, 67), 2, torch.bfloat16, channels_last, storage_offset=1)
+    yield Probe((16, 32, 16, 16), 8, torch.float32, channels_last=True)  # several groups per tile
+    yield Probe((8, 640), 32, torch.float32)  # one value per channel
+    yield Probe((1, 2560, 40), 1, torch.float32)  # many channels, few pixels
     yield Probe((1, 2, 1_000_003), 2, torch.float32)  # fewer channels than a tile has
-    yield Probe((1, 64, 6000, 6000), 32, torch.bfloat16)  # beyond 2^31 elements: 64-bit sizes
+    yield Probe((1, 64, 6000, 6000), 32, torch.bfloat16)  # strides beyond 32 bits
 
 
 def specialisations() -> list[Specialisation]:

@@ -1,7 +1,7 @@
 """Which regime serves a problem, and with which tiles.
 
-The choice depends on shapes and strides alone, never on the device or its load: the same call launches the same programs,
-and so rounds the same way, on every GPU. A tile is always (channels, pixels).
+The choice depends on shapes and strides alone, never on the device or its load: the same call launches the same
+programs, and so sums in the same order, on every GPU. A tile is always (channels, pixels).
 """
 
 from __future__ import annotations
@@ -12,14 +12,17 @@ from dataclasses import dataclass
 import torch
 import triton
 
-# Elements of a tile that stays in registers, 16 warps at most. Twice as much spills when compiled for sm_80, sm_90 and sm_100
-# (up to 264 bytes per thread forward, 200 backward); this does not, which the ahead-of-time gate holds.
+# Elements of a tile that stays in registers, 16 warps at most. Twice as much spills when compiled for sm_80, sm_90
+# and sm_100 (up to 264 bytes per thread forward, 200 backward); this does not, which the ahead-of-time gate holds.
 MAX_WHOLE_FORWARD = 16384
 MAX_WHOLE_BACKWARD = 8192
 
 # 8 warps of 16 elements per thread: two 16-byte loads in 16 bit, and three float32 sums per element still fit.
 SPLIT_ELEMENTS = 4096
 SPLIT_WARPS = 8
+
+COMBINE_ELEMENTS = 1024
+COMBINE_WARPS = 8
 
 SECTOR_CHANNELS = 16  # a 32-byte sector of a 16-bit tensor
 LINE_CHANNELS = 64  # a 128-byte line of a 16-bit tensor
@@ -29,7 +32,7 @@ MAX_TILES_PER_PROGRAM = 16  # by then the partial results are about 1 % of the t
 
 
 def ncs_strides(tensor: torch.Tensor) -> tuple[int, int, int]:
-    """Strides of a tensor (N, C, *spatial) read as (N, C, S); its spatial dimensions are known to collapse into one."""
+    """Strides of a tensor (N, C, *spatial) read as (N, C, S). Its spatial dimensions are known to collapse into one."""
     spatial = [stride for size, stride in zip(tensor.shape[2:], tensor.stride()[2:]) if size > 1]
     return tensor.stride(0), tensor.stride(1), spatial[-1] if spatial else 1
 
@@ -85,13 +88,15 @@ class WholeTile:
 
     @property
     def channel_unit(self) -> int:
-        """Compiled in as a factor of the tile's first channel, so that Triton can prove its alignment (10 x 8, 40 x 1)."""
+        """Compiled in as a factor of the tile's first channel, so that Triton can prove its alignment (10 x 8, 40 x
+        1)."""
         return math.gcd(SECTOR_CHANNELS, self.channels)
 
 
 @dataclass(frozen=True)
 class SplitTile:
-    """Any channels and a run of pixels; a program that accumulates walks `tiles_per_program` of them along the pixels."""
+    """Any channels and a run of pixels; a program that accumulates walks `tiles_per_program` of them along the
+    pixels."""
 
     block_c: int
     block_s: int
@@ -107,6 +112,15 @@ class SplitTile:
     def splits(self) -> int:
         return triton.cdiv(self.pixel_tiles, self.tiles_per_program)
 
+    def combine_blocks(self, channels_per_group: int) -> dict[str, int]:
+        """Splits and channels that a combine kernel takes per step.
+
+        Two shapes, and so two versions, serve every problem. Groups of few channels have many splits, and each step is
+        one wait for memory.
+        """
+        block_c = 4 if channels_per_group <= 4 else 16
+        return {"BLOCK_K": COMBINE_ELEMENTS // block_c, "BLOCK_C": block_c}
+
     def arguments(self) -> dict[str, int]:
         return {
             "channel_tiles": self.channel_tiles,
@@ -121,7 +135,8 @@ def choose_whole_tile(problem: Problem, max_elements: int) -> WholeTile | None:
     per_group = problem.channels_per_group
     block_s = triton.next_power_of_2(problem.pixels)
     if problem.channels_last:
-        # Rows of whole 32-byte sectors: lcm(16, C/G) channels. They get shorter only if the tile is too large otherwise.
+        # Rows of whole 32-byte sectors: lcm(16, C/G) channels. They get shorter only if the tile is too large
+        # otherwise.
         groups = math.lcm(SECTOR_CHANNELS, per_group) // per_group
     else:
         # A group is one run of memory. Tiny ones share a program, so that each thread of its warp has some to do.
@@ -135,7 +150,8 @@ def choose_whole_tile(problem: Problem, max_elements: int) -> WholeTile | None:
     if elements > max_elements or (problem.channels_last and channels < half_a_sector):
         return None
     block_c, block_g = triton.next_power_of_2(channels), triton.next_power_of_2(groups)
-    # 16 elements per thread while there are warps for it: enough loads in flight without making a small tile wait for itself.
+    # 16 elements per thread while there are warps for it: enough loads in flight without making a small tile wait
+    # for itself.
     num_warps = min(16, max(1, max(elements, block_c * block_g) // 512))
     return WholeTile(groups, channels, block_c, block_s, block_g, num_warps)
 

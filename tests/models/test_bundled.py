@@ -58,7 +58,16 @@ def test_a_folder_names_no_path_of_the_machine_it_was_made_on(name):
 @every_model
 def test_a_card_states_data_licence_training_figures_and_limits(name):
     card = (bundled_models()[name] / "README.md").read_text(encoding="utf-8")
-    for needed in (f"# {name}", "Alpaydin", "Kaynak", "CC BY 4.0", "## Training", "## Figures", "## Limits", "Apache-2.0"):
+    for needed in (
+        f"# {name}",
+        "Alpaydin",
+        "Kaynak",
+        "CC BY 4.0",
+        "## Training",
+        "## Figures",
+        "## Limits",
+        "Apache-2.0",
+    ):
         assert needed in card
     assert f"| {name}, " in card.split(figures.BEGIN)[1].split(figures.END)[0]
 
@@ -106,8 +115,13 @@ def test_the_teacher_draws_what_is_asked_for_and_is_close_to_the_data(teacher):
 
 @pytest.mark.parametrize("form", ["7", "Seven", "the digit seven", "A photo of a handwritten 7", "please draw a SEVEN"])
 def test_the_teacher_understands_other_wordings(teacher, form):
-    images = teacher([form] * 20, num_inference_steps=10, guidance_scale=1.0, output_type="pt",
-                     generator=torch.Generator().manual_seed(0)).images
+    images = teacher(
+        [form] * 20,
+        num_inference_steps=10,
+        guidance_scale=1.0,
+        output_type="pt",
+        generator=torch.Generator().manual_seed(0),
+    ).images
     assert metrics.accuracy(images * 2 - 1, torch.full((20,), 7)) >= 0.9
 
 

@@ -35,6 +35,6 @@ def test_figures_replace_what_stands_between_the_marks(tmp_path):
 def test_a_file_without_its_marks_is_left_alone(tmp_path, content):
     file = tmp_path / "page.md"
     file.write_text(content)
-    with pytest.raises(ValueError, match="page.md"):
+    with pytest.raises(ValueError, match=r"page\.md"):
         write_between_marks(file, "new")
     assert file.read_text() == content

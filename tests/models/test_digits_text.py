@@ -44,9 +44,10 @@ def test_unknown_text_falls_back_to_bytes(tokenizer, prompt):
 
 def test_text_comes_back_from_its_tokens(tokenizer):
     for prompt in ("a handwritten seven", "some zebra 42"):
-        assert tokenizer.decode(tokens_of(tokenizer, prompt)).split() == tokenizer.decode(
-            tokens_of(tokenizer, prompt.upper())
-        ).split()
+        assert (
+            tokenizer.decode(tokens_of(tokenizer, prompt)).split()
+            == tokenizer.decode(tokens_of(tokenizer, prompt.upper())).split()
+        )
     assert tokenizer.decode(tokens_of(tokenizer, "a handwritten seven")) == "a handwritten seven"
 
 

@@ -50,6 +50,7 @@ def test_it_writes_a_student_with_the_settings_that_were_asked_for(teacher, prom
         (["--iterations", "0"], "iterations must be 1 or more; got 0"),
         (["--teacher", "no-such-model"], "unknown model 'no-such-model'"),
         (["--prompts", "missing.txt"], "missing.txt: no such file"),
+        (["--device", "warp"], "--device warp: needed cpu, cuda or cuda:N"),
     ],
 )
 def test_bad_input_is_one_clear_line_exit_code_2_and_nothing_written(arguments, message, teacher, prompts, tmp_path):

@@ -97,7 +97,7 @@ def test_a_pipeline_in_memory_is_distilled_and_saved_whole(tmp_path):
     teacher = tiny_pipeline()
     before = pixels(teacher)
     result = distill(teacher, PROMPTS, dataclasses.replace(CONFIG, guidance_scale=2.0))
-    np.testing.assert_array_equal(pixels(teacher), before)
+    np.testing.assert_allclose(pixels(teacher), before, rtol=0, atol=1e-4)
     opened = DiffusionPipeline.from_pretrained(result.save(tmp_path / "student"), torch_dtype=torch.float32)
     np.testing.assert_allclose(pixels(opened), pixels(result.pipeline), rtol=0, atol=0.01)
 

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 
 import torch
 
 from fastdistill.engine.report import PassReport
 
 
-def named_parts(network: torch.nn.Module, kind: type | tuple[type, ...]) -> Iterator[tuple[torch.nn.Module, str, torch.nn.Module]]:
-    """(parent, name, child) for every module of this kind below `network`; safe against replacing the child."""
-    found = [
+def named_parts(network: torch.nn.Module, kind: type) -> list[tuple[torch.nn.Module, str, torch.nn.Module]]:
+    """(parent, name, child) for every module of this kind below `network`."""
+    return [
         (parent, name, child)
         for parent in network.modules()
         for name, child in parent.named_children()
         if isinstance(child, kind)
     ]
-    yield from found
 
 
 class Tally:

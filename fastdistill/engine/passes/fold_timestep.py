@@ -1,7 +1,7 @@
 """Constant-timestep folding: the time embedding becomes a bias of each residual block's first convolution.
 
-A sampler visits known timesteps, so time features, the time MLP and every block's projection are functions of constants.
-They are evaluated once per timestep; with p the projection,  conv1(h) + bias + p(t)  is  conv1(h) with bias + p(t).
+A sampler visits known timesteps, so time features, the time MLP and every block's projection p are constants. They are
+evaluated once per timestep: adding p(t) to every pixel after a convolution is the same as adding it to its bias.
 A plan of several steps keeps one set of biases per step.
 """
 

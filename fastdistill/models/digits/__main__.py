@@ -59,10 +59,11 @@ def _train_teacher(options: argparse.Namespace) -> None:
     def log(line: str) -> None:
         print(f"{time.monotonic() - start:6.0f} s  {line}", flush=True)
 
+    def save(pipeline) -> None:
+        save_folder(pipeline, options.out, teacher_card())
+
     vae = train_vae(options.vae_steps, options.seed, log)
-    train_teacher(
-        vae, options.steps, options.seed, log, on_report=lambda pipeline: save_folder(pipeline, options.out, teacher_card())
-    )
+    save(train_teacher(vae, options.steps, options.seed, log, on_report=save))
     log(f"saved {options.out}")
 
 

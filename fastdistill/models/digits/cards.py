@@ -54,10 +54,9 @@ so that the 4x4 block means are the original values. The weights and the code ar
 ## Limits
 
 - It knows ten digits and nothing else; words it has not seen are ignored at best.
-- It has seen 1797 images by 43 writers of one country. The same images are the reference of the Frechet distance, so
+- It has seen 1797 images by 13 writers. The same images are the reference of the Frechet distance, so
   the figures say how well this data is reproduced, not how well it generalises.
-- It is meant for tests, demonstrations and teaching. It must not be used to fabricate handwriting evidence or to judge
-  how a classifier of digits works in practice.
+- It is meant for tests, demonstrations and teaching, at 32x32 pixels and in grey.
 """
 
 
@@ -65,7 +64,7 @@ def teacher_card() -> str:
     """Markdown of the card of the bundled `digits-teacher`, with a place for its figures."""
     return _CARD.format(
         name="digits-teacher",
-        summary="A latent diffusion model of handwritten digits: the teacher that the one-step students are distilled from.",
+        summary="A latent diffusion model of handwritten digits, the teacher of the one-step students.",
         steps=25,
         command=TEACHER_COMMAND,
         method=(

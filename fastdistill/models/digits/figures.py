@@ -31,13 +31,17 @@ def measure(seeds: Sequence[int], models: Sequence[str] | None = None, log: Call
             50, 25 and 1 steps, any other at 1 step. The autoencoder is the first model's.
         log: receives a line per measurement.
     """
-    pipelines = {str(name): load_pipeline(name) for name in (models or bundled_models())}
+    names = models or sorted(bundled_models(), key=lambda name: name != TEACHER)  # the teacher first
+    pipelines = {str(name): load_pipeline(name) for name in names}
     images, labels = load_digits()
     first = next(iter(pipelines.values()))
     rows = [
         ("real digits, all 1797, as 8-bit images", [score(as_saved(images), labels)]),
         ("real digits, 100 of each drawn with replacement", [_bootstrap(images, labels, seed) for seed in seeds]),
-        ("real digits, all 1797, through the autoencoder", [score(decode(first.vae, encode(first.vae, images)), labels)]),
+        (
+            "real digits, all 1797, through the autoencoder",
+            [score(decode(first.vae, encode(first.vae, images)), labels)],
+        ),
     ]
     for name, pipeline in pipelines.items():
         for steps in TEACHER_STEPS if Path(name).name == TEACHER else STUDENT_STEPS:

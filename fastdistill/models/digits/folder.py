@@ -16,7 +16,8 @@ from ..loading import quiet_libraries
 
 def assemble(vae, tokenizer, text_encoder, unet, scheduler):
     """The components as a `StableDiffusionPipeline` without safety checker, its progress bar off."""
-    from diffusers import StableDiffusionPipeline
+    with quiet_libraries():  # the import reports what optional packages it does without
+        from diffusers import StableDiffusionPipeline
 
     pipeline = StableDiffusionPipeline(
         vae=vae,
@@ -98,6 +99,9 @@ def _portable_tokenizer(tokenizer, folder: Path) -> None:
     from .text import write_vocabulary
 
     write_vocabulary(folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    kept = {name: value for name, value in config.items() if name not in ("is_local", "local_files_only")}
+    (folder / "tokenizer_config.json").write_text(json.dumps(kept, indent=2) + "\n")
     (folder / "special_tokens_map.json").write_text(
         json.dumps({name: str(token) for name, token in sorted(tokenizer.special_tokens_map.items())}, indent=2) + "\n"
     )

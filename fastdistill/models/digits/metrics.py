@@ -43,7 +43,9 @@ def score(images: torch.Tensor, labels: torch.Tensor) -> DigitScores:
     hits = recognise(images) == _check_labels(labels, len(images))
     per_digit = tuple(float(hits[labels == digit].float().mean()) for digit in range(CLASSES))
     spread = diversity(images, labels)
-    return DigitScores(frechet(images), float(hits.float().mean()), float(spread.mean()), per_digit, tuple(spread.tolist()))
+    return DigitScores(
+        frechet(images), float(hits.float().mean()), float(spread.mean()), per_digit, tuple(spread.tolist())
+    )
 
 
 def frechet(images: torch.Tensor) -> float:

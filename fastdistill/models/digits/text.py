@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import string
@@ -29,10 +30,13 @@ TEMPLATES = (
     "write a {}",
 )
 # Words around the digit that mean nothing here; one token each, so that prompts stay short.
+# fmt: off
 FILLERS = (
-    "and art big black bold by can clean cursive figure for grey hand i in ink is it me my nice numeral of old on paper "
-    "pen pencil scan show simple sketch small style thick thin this to white with written you"
-).split()
+    "and", "art", "big", "black", "bold", "by", "can", "clean", "cursive", "figure", "for", "grey", "hand", "i",
+    "in", "ink", "is", "it", "me", "my", "nice", "numeral", "of", "old", "on", "paper", "pen", "pencil", "scan",
+    "show", "simple", "sketch", "small", "style", "thick", "thin", "this", "to", "white", "with", "written", "you",
+)
+# fmt: on
 
 
 def prompt(digit: int) -> str:
@@ -92,13 +96,13 @@ def _words() -> list[str]:
 
 
 def byte_pair_merges(words: list[str]) -> list[tuple[str, str]]:
-    """Byte-pair encoding (arXiv 1508.07909) until each of `words` (ASCII) is one token; the most frequent pair first."""
+    """Byte-pair encoding (arXiv 1508.07909) until each of `words` (ASCII) is one token, frequent pairs first."""
     pieces = [[*word[:-1], word[-1] + "</w>"] for word in words]
     merges: list[tuple[str, str]] = []
     while True:
         counts: dict[tuple[str, str], int] = {}
         for piece in pieces:
-            for pair in zip(piece, piece[1:]):
+            for pair in itertools.pairwise(piece):
                 counts[pair] = counts.get(pair, 0) + 1
         if not counts:
             return merges

@@ -43,7 +43,7 @@ def train_teacher(
         seed: of the weights, the batches, the noise and the captions.
         log: receives a line every 100 steps, and the figures of 500 images at 10 steps at each report.
         report_every: steps between reports.
-        on_report: called at each report, and at the end, with the averaged pipeline; saves intermediate results.
+        on_report: called at each report with the averaged pipeline, to save what there is so far.
     """
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -63,7 +63,8 @@ def train_teacher(
         t = torch.randint(0, scheduler.config.num_train_timesteps, (BATCH,), generator=generator)
         x_t, v = scheduler.add_noise(x0, noise, t), scheduler.get_velocity(x0, noise, t)
         asked = [
-            "" if words.random() < CAPTION_DROPOUT else random_caption(digit, words) for digit in labels[chosen].tolist()
+            "" if words.random() < CAPTION_DROPOUT else random_caption(digit, words)
+            for digit in labels[chosen].tolist()
         ]
         prompt_embeds = networks["text_encoder"](tokenize(tokenizer, asked))[0]  # (B, 24, 64)
         loss = F.mse_loss(networks["unet"](x_t, t, encoder_hidden_states=prompt_embeds).sample, v)
@@ -75,14 +76,17 @@ def train_teacher(
         running = float(loss.detach()) if running is None else 0.99 * running + 0.01 * float(loss.detach())
         if step % 100 == 0:
             log(f"teacher step {step} loss {running:.4f}")
-        if (step + 1) % report_every == 0 or step == steps - 1:
-            pipeline = _pipeline(vae, tokenizer, averaged.module, scheduler)
-            asked_for = balanced_labels(50)
-            made = generate(pipeline, asked_for, steps=10, seed=1)
-            log(f"teacher step {step} FD {frechet(made):.3f} accuracy {accuracy(made, asked_for):.3f} (500 images)")
-            if on_report is not None:
-                on_report(pipeline)
-    return pipeline
+        if (step + 1) % report_every == 0:
+            _report(step, _pipeline(vae, tokenizer, averaged.module, scheduler), log, on_report)
+    return _pipeline(vae, tokenizer, averaged.module, scheduler)
+
+
+def _report(step: int, pipeline, log: Callable[[str], None], on_report: Callable[[object], None] | None) -> None:
+    wanted = balanced_labels(50)
+    made = generate(pipeline, wanted, steps=10, seed=1)
+    log(f"teacher step {step} FD {frechet(made):.3f} accuracy {accuracy(made, wanted):.3f} (500 images)")
+    if on_report is not None:
+        on_report(pipeline)
 
 
 def tokenize(tokenizer, prompts: list[str]) -> torch.Tensor:

@@ -1,0 +1,58 @@
+"""A student distilled while one watches, in a time given rather than in a number of updates."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from fastdistill import OneStepPipeline
+from fastdistill.models.digits.text import prompt
+from fastdistill.training import DMDConfig, DMDProgress, distill
+
+from .result import Training
+
+METHODS = ("dmd",)
+
+# The learning rate stays constant, because how many updates fit into the time is not known before: the moving average
+# does what its decay would do. Small batches and few critic updates: many updates matter more in so short a run.
+LIVE = DMDConfig(
+    iterations=10**9, batch_size=32, critic_ratio=2, pairs=500, pair_steps=10, decay=0.0, warm_up=10, report_every=1
+)
+
+
+def distil_live(
+    teacher: str | Path,
+    seconds: float,
+    seed: int,
+    device: torch.device,
+    report: Callable[[str, float, float], None],
+) -> tuple[OneStepPipeline, Training]:
+    """Distil `teacher` by DMD until `seconds` are over, the solving of its ODE included.
+
+    Args:
+        teacher: a bundled name or a folder of a digits pipeline.
+        seconds: one update is made at least.
+        seed: of everything random. How many updates fit into the time depends on the machine, and so does the student.
+        device: to train on.
+        report: called with what is being done, the seconds that are over, and `seconds`.
+
+    Returns:
+        The student, ready to draw in one step, and what was done.
+    """
+    start = time.perf_counter()
+    report("distilling: the teacher solves its ODE", 0, seconds)
+
+    def progress(state: DMDProgress) -> bool:
+        elapsed = time.perf_counter() - start
+        report(f"distilling: update {state.update} of the student", min(elapsed, seconds), seconds)
+        return elapsed >= seconds
+
+    prompts = [prompt(digit) for digit in range(10)]
+    result = distill(teacher, prompts, replace(LIVE, seed=seed), callback=progress, device=device)
+    elapsed = time.perf_counter() - start
+    student = OneStepPipeline(result.pipeline, device=device, name="distilled just now")
+    return student, Training("DMD", result.run.updates["student"], elapsed)
