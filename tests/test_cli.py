@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -199,10 +200,8 @@ def test_info_shows_every_backend_with_its_reasons(run):
     for name, op in _dispatch.ops().items():
         assert name in text
         for backend in op.backends:
-            (line,) = (
-                line for line in text.splitlines() if backend.name in line.split()[-2:] or f" {backend.name} " in line
-            )
-            assert "; ".join(backend.available()) in line or "available" in line
+            state = "; ".join(backend.available()) or "available"
+            assert re.search(rf"\s{backend.name}\s+{re.escape(state)}", text)
     assert torch.__version__ in text
 
 
@@ -231,8 +230,7 @@ def test_one_prompt_makes_the_file_that_was_named(run, tmp_path):
 def test_the_same_seed_gives_the_same_bytes_and_another_one_another_picture(run, tmp_path):
     for name, seed in (("a", 5), ("b", 5), ("c", 6)):
         assert run("generate", "seven", "--seed", seed, "--out", f"{name}.png").exit_code == 0
-    a, b, c = ((tmp_path / f"{name}.png").read_bytes() for name in "abc")
-    assert a == b
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     assert np.abs(pixels(tmp_path / "a.png") - pixels(tmp_path / "c.png")).max() > 20
 
 

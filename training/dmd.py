@@ -45,12 +45,12 @@ class DMDConfig:
         report_every: student updates between two calls of the callback.
     """
 
-    iterations: int = 1000
+    iterations: int = 300
     batch_size: int = 64
     student_timestep: int | None = None
-    critic_ratio: int = 5
-    learning_rate: float = 1e-4
-    critic_learning_rate: float = 1e-4
+    critic_ratio: int = 3
+    learning_rate: float = 2e-4
+    critic_learning_rate: float = 4e-4
     beta1: float = 0.0
     beta2: float = 0.999
     weight_decay: float = 0.01
@@ -63,7 +63,7 @@ class DMDConfig:
     regression_weight: float = 0.5
     pairs: int = 2000
     pair_steps: int = 25
-    ema_decay: float = 0.99
+    ema_decay: float = 0.98
     seed: int = 0
     report_every: int = 10
 

@@ -10,8 +10,6 @@ import torch
 
 from fastdistill.models import ModelError
 
-_DEFAULT_PROMPT_CACHE = 64  # embeddings; 15 MB at 77 tokens of 768 float32 values
-
 
 @dataclass
 class Components:
@@ -47,9 +45,6 @@ class Components:
     def networks(self) -> dict[str, torch.nn.Module]:
         """The two networks that passes rewrite, by the name they have in reports."""
         return {"UNet": self.unet, "VAE decoder": self.decoder}
-
-    def switch_on_prompt_cache(self) -> None:
-        self.prompt_cache = _DEFAULT_PROMPT_CACHE
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Components:
         for part in (self.unet, self.decoder, self.post_quant_conv, self.text_encoder):

@@ -98,7 +98,7 @@ class GraphCache:
                 recording = self._record(function, buffers, keeps)
         except RuntimeError as error:
             self.failure = " ".join(str(error).split())
-            warnings.warn(f"fastdistill: no CUDA graph for {key}, running eagerly: {self.failure}", stacklevel=4)
+            warnings.warn(f"fastdistill: no CUDA graph for {key}, running eagerly: {self.failure}", stacklevel=5)
             return None
         self._recordings[key] = recording
         if len(self._recordings) > self._capacity:

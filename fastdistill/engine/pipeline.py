@@ -166,8 +166,10 @@ class OneStepPipeline:
             result = self._run(request, program, self._noise(request, program.plan), context)
         if output == "pil":
             return images.to_pil(result)
-        # Outside of inference mode a copy is an ordinary tensor, which autograd accepts.
-        return images.to_numpy(result) if output == "np" else result.clone()
+        if output == "np":
+            return images.to_numpy(result)
+        # A copy made outside of inference mode is an ordinary tensor, which autograd accepts.
+        return result.clone(memory_format=torch.contiguous_format)
 
     def warmup(
         self,

@@ -191,13 +191,18 @@ def _clip(scheduler) -> float | None:
     return float(scheduler.config.clip_sample_range) if scheduler.config.get("clip_sample") else None
 
 
+def _scales_after(plan: Plan, latent_scale: float) -> list[float]:
+    """What each step's result is multiplied by before the next network sees it: the UNet, at last the decoder."""
+    return [*(step.input_scale for step in plan.steps[1:]), latent_scale]
+
+
 class ExplicitSteps:
     """The steps as the scheduler writes them: conversions of `fastdistill.diffusion`, then every scale by itself."""
 
     def __init__(self, plan: Plan, latent_scale: float) -> None:
         """`latent_scale` is what the last sample is multiplied by before it is decoded (1 / VAE scaling factor)."""
         self._steps = plan.steps
-        self._scales = [*(step.input_scale for step in plan.steps[1:]), latent_scale]
+        self._scales = _scales_after(plan, latent_scale)
         self._initial = (plan.initial_scale, plan.steps[0].input_scale)
 
     def begin(self, noise: Tensor) -> Tensor:
@@ -213,9 +218,9 @@ class FoldedSteps:
     """The same in at most three numbers per step: `x <- a * x + b * prediction + c * noise`, every scale folded in."""
 
     def __init__(self, plan: Plan, latent_scale: float) -> None:
-        explicit = ExplicitSteps(plan, latent_scale)
+        scales = _scales_after(plan, latent_scale)
         self._coefficients = [
-            tuple(number * scale for number in step.affine()) for step, scale in zip(plan.steps, explicit._scales)
+            tuple(number * scale for number in step.affine()) for step, scale in zip(plan.steps, scales)
         ]
         self._initial = plan.initial_scale * plan.steps[0].input_scale
 

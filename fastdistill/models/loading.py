@@ -41,11 +41,9 @@ def resolve_model(name_or_path: str | Path) -> Path:
     known = bundled_models()
     if str(name_or_path) in known:
         return known[str(name_or_path)]
-    folder = Path(name_or_path).expanduser()
-    if not str(name_or_path).strip() or not folder.exists():
-        raise ModelError(
-            f"unknown model {str(name_or_path)!r}: neither a folder nor one of {', '.join(known) or '(none)'}"
-        )
+    folder = _existing(name_or_path)
+    if folder is None:
+        raise ModelError(f"unknown model {str(name_or_path)!r}: no folder, nor one of {', '.join(known) or '(none)'}")
     if not folder.is_dir():
         raise ModelError(f"{folder}: a file; needed a folder that holds model_index.json")
     if not (folder / "model_index.json").is_file():
@@ -53,6 +51,15 @@ def resolve_model(name_or_path: str | Path) -> Path:
     for component in _components(folder):
         _check_component(folder, component)
     return folder
+
+
+def _existing(name_or_path: str | Path) -> Path | None:
+    """What the path leads to, None if nothing: also for paths that the system refuses to look up."""
+    try:
+        path = Path(name_or_path).expanduser()
+        return path if str(name_or_path).strip() and path.exists() else None
+    except (OSError, ValueError, RuntimeError):  # too long, a null byte, ~nobody
+        return None
 
 
 def load_pipeline(name_or_path: str | Path, dtype: torch.dtype | None = None):
@@ -70,6 +77,7 @@ def load_pipeline(name_or_path: str | Path, dtype: torch.dtype | None = None):
     from diffusers import DiffusionPipeline
     from safetensors import SafetensorError
 
+    broken = (OSError, ValueError, TypeError, LookupError, AttributeError, ImportError, RuntimeError, SafetensorError)
     try:
         with quiet_libraries():
             options = _diffusers_options(dtype or torch.float32)
@@ -77,16 +85,7 @@ def load_pipeline(name_or_path: str | Path, dtype: torch.dtype | None = None):
             pipeline = DiffusionPipeline.from_pretrained(folder, **options, **models)
     except ModelError:
         raise
-    except (
-        OSError,
-        ValueError,
-        TypeError,
-        KeyError,
-        AttributeError,
-        ImportError,
-        RuntimeError,
-        SafetensorError,
-    ) as error:
+    except broken as error:  # what diffusers and transformers raise for damaged folders
         raise ModelError(f"{folder}: diffusers cannot open it: {_one_line(error)}") from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -105,9 +104,8 @@ def _load_models(folder: Path, options: dict, dtype: torch.dtype) -> dict:
         model_class = getattr(importlib.import_module(library), class_name)
         model, report = model_class.from_pretrained(folder / component, output_loading_info=True, **own)
         if report["missing_keys"]:
-            raise ModelError(
-                f"{folder}: the weight file of {component!r} lacks {', '.join(sorted(report['missing_keys']))}"
-            )
+            missing = ", ".join(sorted(report["missing_keys"]))
+            raise ModelError(f"{folder}: the weight file of {component!r} lacks {missing}")
         models[component] = model.eval()
     return models
 
@@ -127,9 +125,7 @@ def _components(folder: Path) -> dict[str, tuple[str, str]]:
     """Library and class of each component that is there, by name."""
     index = _read_json(folder / "model_index.json")
     if not isinstance(index, dict) or "_class_name" not in index:
-        raise ModelError(
-            f"{folder / 'model_index.json'}: needed an object with _class_name; this is no diffusers pipeline"
-        )
+        raise ModelError(f"{folder / 'model_index.json'}: no diffusers pipeline; needed an object with _class_name")
     entries = {name: entry for name, entry in index.items() if isinstance(entry, list) and len(entry) == 2}
     return {name: tuple(entry) for name, entry in entries.items() if entry[0] is not None}
 
@@ -137,9 +133,7 @@ def _components(folder: Path) -> dict[str, tuple[str, str]]:
 def _check_component(folder: Path, component: str) -> None:
     part = folder / component
     if not part.is_dir():
-        raise ModelError(
-            f"{folder}: component {component!r} is missing (model_index.json lists it, there is no such folder)"
-        )
+        raise ModelError(f"{folder}: component {component!r} is missing: model_index.json lists it, no folder holds it")
     files = list(part.iterdir())
     if not any(file.suffix == ".json" for file in files):
         raise ModelError(f"{part}: component {component!r} has no configuration file")

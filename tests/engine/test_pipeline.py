@@ -100,6 +100,7 @@ def test_the_three_outputs_are_one_image(pipe):
     pictures = pipe(PROMPTS)
     assert tensor.shape == (3, 3, 16, 16)
     assert not tensor.is_inference()
+    assert tensor.is_contiguous()
     np.testing.assert_array_equal(tensor.permute(0, 2, 3, 1).numpy(), array)
     assert all(isinstance(picture, Image.Image) and picture.mode == "RGB" for picture in pictures)
     np.testing.assert_array_equal(np.stack(pictures), np.rint(array * 255).astype(np.uint8))

@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-
 from fastdistill.kernels.group_norm_silu.specialisations import Probe, specialisations
 from fastdistill.kernels.launch import unique_specialisations
+
 from tests.kernels.aot import SHARED_MEMORY, compile_for
 
 KERNELS = (

@@ -3,9 +3,6 @@
 import math
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-
 from fastdistill.kernels.group_norm_silu.tiles import (
     MAX_WHOLE_FORWARD,
     SPLIT_ELEMENTS,
@@ -13,6 +10,8 @@ from fastdistill.kernels.group_norm_silu.tiles import (
     choose_split_tile,
     choose_whole_tile,
 )
+from hypothesis import given
+from hypothesis import strategies as st
 
 problems = st.builds(
     lambda batch, per_group, groups, pixels, channels_last: Problem(

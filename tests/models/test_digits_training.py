@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 
 from fastdistill.models import load_pipeline
 from fastdistill.models.digits import train_teacher as teacher_module
@@ -30,8 +31,8 @@ def test_the_command_writes_a_folder_that_opens_and_holds_what_was_trained(tmp_p
     assert main(["teacher", "--out", str(out), "--seed", "1", "--vae-steps", "2", "--steps", "2"]) == 0
     assert "saved" in capsys.readouterr().out
     pipeline = load_pipeline(out)
-    image = pipeline("seven", num_inference_steps=1, guidance_scale=1.0).images[0]
-    assert image.size == (32, 32)
+    plain = DiffusionPipeline.from_pretrained(out)  # no dtype given: the folder alone must make it one
+    assert plain("seven", num_inference_steps=1, guidance_scale=1.0).images[0].size == (32, 32)
     assert list(out.parent.iterdir()) == [out]  # nothing half-written stays beside it
     trained = train_teacher(train_vae(2, 1, silent), 2, 1, silent)
     torch.testing.assert_close(weights_of(pipeline), weights_of(trained), rtol=1e-3, atol=1e-6)  # float16 on disk

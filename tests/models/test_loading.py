@@ -56,7 +56,7 @@ def test_a_pipeline_loads_in_the_dtype_that_is_asked_for():
     assert dtypes == {torch.bfloat16}
 
 
-@pytest.mark.parametrize("name", ["no-such-model", "", "digits teacher"])
+@pytest.mark.parametrize("name", ["no-such-model", "", "digits teacher", "x" * 5000, "a\0b", "~nobody-here/model"])
 def test_an_unknown_name_lists_the_known_ones(name):
     message = refusal(resolve_model, name)
     assert repr(name) in message

@@ -8,7 +8,9 @@ from __future__ import annotations
 from fastdistill.engine.components import Components
 from fastdistill.engine.report import PassReport
 
+CAPACITY = 64  # prompts; 15 MB at 77 tokens of 768 float32 values
+
 
 def apply(components: Components) -> PassReport:
-    components.switch_on_prompt_cache()
-    return PassReport("prompt_cache", {f"cache of the {components.prompt_cache} prompts used last": 1})
+    components.prompt_cache = CAPACITY
+    return PassReport("prompt_cache", {f"cache of the {CAPACITY} prompts used last": 1})

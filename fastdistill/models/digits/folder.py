@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import shutil
 import tempfile
 from pathlib import Path
 
@@ -41,12 +40,13 @@ def save_folder(pipeline, folder: str | Path, card: str) -> Path:
     transformers 4 and 5 both read.
 
     Args:
-        pipeline: a `StableDiffusionPipeline`, left as it is.
+        pipeline: a `StableDiffusionPipeline` with the tokenizer of `build_tokenizer`, left as it is.
         folder: an existing pipeline folder there is replaced; any other non-empty folder raises.
         card: Markdown of the model card.
 
     Raises:
         FileExistsError: `folder` is a file or holds something that is not a pipeline.
+        ValueError: the tokenizer has another vocabulary.
     """
     folder = check_target(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -61,7 +61,7 @@ def save_folder(pipeline, folder: str | Path, card: str) -> Path:
         for path in fresh.rglob("*"):
             path.chmod(0o755 if path.is_dir() else 0o644)
         if folder.exists():
-            shutil.rmtree(folder)
+            os.replace(folder, Path(scratch) / "replaced")
         os.replace(fresh, folder)
     return folder
 
@@ -99,6 +99,8 @@ def _portable_tokenizer(tokenizer, folder: Path) -> None:
     from .text import write_vocabulary
 
     write_vocabulary(folder)
+    if json.loads((folder / "vocab.json").read_text(encoding="utf-8")) != tokenizer.get_vocab():
+        raise ValueError(f"pipeline.tokenizer: another vocabulary ({len(tokenizer)} tokens) than the digits'")
     config = json.loads((folder / "tokenizer_config.json").read_text())
     kept = {name: value for name, value in config.items() if name not in ("is_local", "local_files_only")}
     (folder / "tokenizer_config.json").write_text(json.dumps(kept, indent=2) + "\n")

@@ -34,7 +34,7 @@ def build_vae():
 
 
 def build_unet():
-    """`UNet2DConditionModel` as in Stable Diffusion, two resolutions, cross-attention to the prompt on each."""
+    """`UNet2DConditionModel` as in Stable Diffusion: cross-attention at 8x8 and in the middle only."""
     from diffusers import UNet2DConditionModel
 
     return UNet2DConditionModel(

@@ -12,7 +12,9 @@ def balanced_labels(per_digit: int = 100) -> torch.Tensor:
     return torch.arange(10).repeat(per_digit)
 
 
-def generate(pipeline, labels: torch.Tensor, steps: int, seed: int, guidance_scale: float = 1.0, batch: int = 250):
+def generate(
+    pipeline, labels: torch.Tensor, steps: int, seed: int, guidance_scale: float = 1.0, batch: int = 250
+) -> torch.Tensor:
     """Images `(n, 3, 32, 32)` float32 in [-1, 1] that a diffusers pipeline makes of "a handwritten <label>".
 
     Args:

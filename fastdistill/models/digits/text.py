@@ -86,8 +86,10 @@ def write_vocabulary(folder: Path) -> None:
     merges = byte_pair_merges(_words())
     tokens = [*letters, *(letter + "</w>" for letter in letters), *(a + b for a, b in merges)]
     tokens += ["<|startoftext|>", "<|endoftext|>"]
-    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}, ensure_ascii=False))
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *(f"{a} {b}" for a, b in merges)]) + "\n")
+    (folder / "vocab.json").write_text(
+        json.dumps({token: i for i, token in enumerate(tokens)}, ensure_ascii=False), "utf-8"
+    )
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *(f"{a} {b}" for a, b in merges)]) + "\n", "utf-8")
 
 
 def _words() -> list[str]:

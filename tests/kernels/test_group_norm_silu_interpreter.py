@@ -1,0 +1,215 @@
+"""The Triton kernels of group_norm_silu in Triton's interpreter: every regime, against float64.
+
+tests/ops/test_group_norm_silu.py covers the op on every backend. Here the limits are lowered so that small images take the
+ways that large ones take.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fastdistill.kernels import group_norm_silu as op
+from fastdistill.kernels.group_norm_silu import backward, forward, tiles
+from fastdistill.kernels.launch import run_all
+
+from tests.ops.accuracy import assert_close_to_exact
+
+pytestmark = pytest.mark.interpreter
+
+
+@pytest.fixture(params=["whole", "split", "split, several tiles per program"])
+def regime(request, monkeypatch):
+    if request.param != "whole":
+        monkeypatch.setattr(forward, "MAX_WHOLE_FORWARD", 0)
+        monkeypatch.setattr(backward, "MAX_WHOLE_BACKWARD", 0)
+        monkeypatch.setattr(tiles, "SPLIT_ELEMENTS", 256)
+        monkeypatch.setattr(tiles, "LINE_CHANNELS", 16)
+        monkeypatch.setattr(tiles, "COMBINE_ELEMENTS", 32)  # 8 or 2 splits per step
+    if request.param == "split, several tiles per program":
+        monkeypatch.setattr(tiles, "PROGRAMS_PER_WAVE", 4)
+    return request.param
+
+
+def channels_last(image):
+    return image.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def inputs(shape, dtype=torch.float32, mean=0.0, std=1.0):
+    batch, channels = shape[:2]
+    x = (torch.randn(shape) * std + mean).to(dtype)
+    weight, bias = torch.randn(channels) + 1, torch.randn(channels)
+    return x, weight, bias, torch.randn(batch, channels), torch.randn(shape).to(dtype)
+
+
+def run(x, groups, weight, bias, add, grad_y, eps=1e-5, silu=True):
+    """(y, mean, rstd, grad_x, grad_weight, grad_bias, grad_add)."""
+    y, mean, rstd = op.group_norm_silu(x, groups, weight, bias, add, eps, silu)
+    return y, mean, rstd, *op.group_norm_silu_backward(grad_y, x, groups, weight, bias, add, mean, rstd, silu)
+
+
+def in_pytorch(x, groups, weight, bias, add, grad_y, eps=1e-5, silu=True, dtype=torch.float64):
+    x, weight, bias, add, grad_y = (t.to(dtype) for t in (x, weight, bias, add, grad_y))
+    leaves = [t.detach().requires_grad_() for t in (x, weight, bias, add)]
+    u = leaves[0] + leaves[3].reshape(add.shape + (1,) * (x.dim() - 2))
+    # Contiguous: torch's channels-last kernel takes the variance as E[x^2] - E[x]^2.
+    z = torch.group_norm(u.contiguous(), groups, leaves[1], leaves[2], eps)
+    y = F.silu(z) if silu else z
+    per_group = u.detach().reshape(x.shape[0], groups, -1)
+    rstd = 1 / torch.sqrt(per_group.var(dim=2, correction=0) + eps)
+    return y.detach(), per_group.mean(dim=2), rstd, *torch.autograd.grad(y, leaves, grad_y)
+
+
+NAMES = ("y", "mean", "rstd", "grad_x", "grad_weight", "grad_bias", "grad_add")
+
+
+def check(x, groups, weight, bias, add, grad_y, large_mean=False, **settings):
+    ours = run(x, groups, weight, bias, add, grad_y, **settings)
+    exact = in_pytorch(x, groups, weight, bias, add, grad_y, **settings)
+    # What is not rounded to x's dtype is held to float32, whatever x is.
+    in_float32 = in_pytorch(x, groups, weight, bias, add, grad_y, **settings, dtype=torch.float32)
+    in_dtype = in_pytorch(x, groups, weight, bias, add, grad_y, **settings, dtype=x.dtype)
+    for name, value, exact_, torch32, torchs in zip(NAMES, ours, exact, in_float32, in_dtype):
+        rounded = name in ("y", "grad_x")
+        assert value.dtype == (x.dtype if rounded else torch.float32), name
+        assert_close_to_exact(
+            value,
+            exact_,
+            torchs if rounded else torch32,
+            value.dtype,
+            large_mean=large_mean,
+            whole_ulp=value.dtype == torch.bfloat16,  # the interpreter truncates
+            what=name,
+        )
+    return ours
+
+
+SHAPES = {
+    "10 channels per group": ((2, 30, 9, 7), 3),
+    "one channel per group, prime pixels": ((1, 17, 61), 17),
+    "three channels per group, three axes": ((1, 21, 3, 5, 7), 7),
+    "one group of many channels": ((2, 90, 5), 1),
+    "few channels, many pixels": ((1, 2, 1031), 2),
+    "one pixel": ((3, 40), 4),
+}
+
+
+@pytest.mark.parametrize("layout", [torch.Tensor.contiguous, channels_last], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_regime_equals_float64(regime, shape, layout):
+    sizes, groups = SHAPES[shape]
+    x, *others = inputs(sizes)
+    y, _, _, grad_x, *_ = check(layout(x), groups, *others)
+    assert y.stride() == grad_x.stride() == torch.empty_like(layout(x)).stride()
+
+
+@pytest.mark.parametrize("layout", [torch.Tensor.contiguous, channels_last], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_16_bit_images_are_summed_in_float32(regime, dtype, layout):
+    x, weight, bias, add, grad_y = inputs((2, 20, 13, 11), dtype)
+    check(layout(x), 2, weight, bias.to(dtype), add.to(dtype), grad_y, silu=False)
+
+
+GRADIENTS = {
+    "other layout": lambda like: channels_last(like) if like.is_contiguous() else like.contiguous(),
+    "expanded from one value": lambda like: like[:1, :1, :1, :1].expand(like.shape),
+    "expanded over the pixels": lambda like: like[:, :, :1, :1].expand(like.shape),
+    "every second channel of a larger image": lambda like: torch.cat([like, like], 1)[:, ::2],
+    "one element late": lambda like: torch.cat([like.flatten(), like.flatten()[:1]])[1:].view(like.shape),
+}
+
+
+@pytest.mark.parametrize("layout", [torch.Tensor.contiguous, channels_last], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_a_gradient_may_have_any_strides(regime, gradient, layout):
+    x, weight, bias, add, grad_y = inputs((2, 24, 6, 7))
+    check(layout(x), 3, weight, bias, add, GRADIENTS[gradient](layout(grad_y)))
+
+
+@pytest.mark.parametrize("layout", [torch.Tensor.contiguous, channels_last], ids=["contiguous", "channels_last"])
+def test_a_large_mean_costs_no_digits(regime, layout):
+    x, weight, bias, add, grad_y = inputs((2, 20, 16, 9), mean=100.0, std=0.01)
+    y, *_ = check(layout(x), 2, weight, bias, torch.zeros_like(add), grad_y, large_mean=True)
+    exact = in_pytorch(x, 2, weight, bias, torch.zeros_like(add), grad_y)[0]
+    # The mean is carried with its rounding error: rounded to float32 alone it would be off by 4e-4 of a deviation.
+    assert (y - exact).abs().max() < 1e-4
+
+
+def test_an_outlier_in_front_does_not_spoil_the_variance(regime):
+    x, weight, bias, add, grad_y = inputs((1, 4, 40, 41))
+    x[:, :, 0, 0] = 1e4  # the first pixel of each channel, from which a shift might be taken
+    check(x, 2, weight, bias, add, grad_y)
+    check(channels_last(x), 2, weight, bias, add, grad_y)
+
+
+def test_a_term_far_from_the_image_is_part_of_the_statistics(regime):
+    x, weight, bias, add, grad_y = inputs((2, 30, 9, 7))
+    check(x, 3, weight, bias, add * 50 - x.mean(), grad_y)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_bad_value_stays_in_its_group(regime, bad):
+    x, weight, bias, add, grad_y = inputs((2, 12, 9, 7))
+    x[1, 5, 2, 3] = bad
+    y, mean, rstd, grad_x, grad_weight, grad_bias, grad_add = run(channels_last(x), 3, weight, bias, add, grad_y)
+    own = torch.zeros(2, 12, dtype=torch.bool)
+    own[1, 4:8] = True
+    for name, value in {"y": y.flatten(2), "grad_x": grad_x.flatten(2)}.items():
+        assert value[own].isnan().all(), name
+        assert value[~own].isfinite().all(), name
+    assert torch.equal(grad_add.isfinite(), ~own)
+    assert torch.equal(grad_weight.isfinite(), ~own[1])
+    assert torch.equal(grad_bias.isfinite(), ~own[1])
+    assert torch.equal(rstd.isfinite(), ~own[:, ::4])
+
+
+@pytest.mark.parametrize("layout", [torch.Tensor.contiguous, channels_last], ids=["contiguous", "channels_last"])
+def test_nothing_is_read_beside_the_image_or_before_it_is_written(regime, layout):
+    # x is a part of a larger image of NaN, and every result and workspace is full of NaN before the launches.
+    whole = torch.full((3, 20, 16), float("nan"))
+    x = layout(whole)[:2, :, :11] if layout is torch.Tensor.contiguous else layout(whole)[:2, 5:15]
+    if layout is torch.Tensor.contiguous:
+        x = torch.full((3 * 20 * 11,), float("nan"))[7 : 7 + 2 * 20 * 11].view(2, 20, 11)
+    x.copy_(torch.randn(x.shape))
+    weight, bias = torch.randn(x.shape[1]), torch.randn(x.shape[1])
+    add = torch.full((4, 2 * x.shape[1]), float("nan"))[:2, ::2]
+    add.copy_(torch.randn(add.shape))
+    grad_y = torch.randn(x.shape)
+
+    def run_poisoned(launches, outputs, given):
+        for launch in launches:
+            for value in launch.arguments.values():
+                if isinstance(value, torch.Tensor) and not any(value is t for t in given):
+                    value.fill_(float("nan"))
+        run_all(launches, x.device)
+        return outputs
+
+    given = (x, weight, bias, add)
+    y, mean, rstd = run_poisoned(*forward.plan_forward(x, 2, weight, bias, add, 1e-5, True), given)
+    grads = run_poisoned(
+        *backward.plan_backward(grad_y, x, 2, weight, bias, add, mean, rstd, True), (*given, grad_y, mean, rstd)
+    )
+    exact = in_pytorch(x, 2, weight, bias, add, grad_y)
+    torchs = in_pytorch(x, 2, weight, bias, add, grad_y, dtype=torch.float32)
+    for name, value, exact_, torch_ in zip(NAMES, (y, mean, rstd, *grads), exact, torchs):
+        assert_close_to_exact(value, exact_, torch_, torch.float32, what=name)
+
+
+def test_missing_parameters_are_one_and_zero(regime):
+    x, weight, bias, add, grad_y = inputs((2, 12, 9, 7))
+    named = run(x, 3, torch.ones_like(weight), torch.zeros_like(bias), torch.zeros_like(add), grad_y)
+    missing = run(x, 3, None, None, None, grad_y)
+    for name, a, b in zip(NAMES, named, missing):
+        assert torch.equal(a, b), name
+
+
+def test_strided_parameters_are_read_by_their_strides(regime):
+    x, weight, bias, add, grad_y = inputs((2, 12, 9, 7))
+    packed = run(x, 3, weight, bias, add, grad_y)
+    strided = run(x, 3, weight.repeat_interleave(2)[::2], bias.repeat_interleave(3)[1::3], add.T.contiguous().T, grad_y)
+    for name, a, b in zip(NAMES, packed, strided):
+        assert torch.equal(a, b), name
+
+
+def test_the_same_call_gives_the_same_bits(regime):
+    x, *others = inputs((2, 30, 9, 7), torch.float16)
+    for name, a, b in zip(NAMES, run(x, 3, *others), run(x, 3, *others)):
+        assert torch.equal(a, b), name
