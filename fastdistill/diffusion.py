@@ -32,11 +32,6 @@ PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow_prediction", "ins
 TIMESTEP_SPACINGS = ("leading", "trailing", "linspace")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What a network predicts
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def check_prediction_type(prediction_type: str) -> str:
     """Return `prediction_type` if it is one of `PREDICTION_TYPES`, else raise a ValueError that lists them."""
     if prediction_type not in PREDICTION_TYPES:
@@ -147,11 +142,6 @@ def guide(pred_uncond: Tensor, pred_cond: Tensor, guidance_scale: float | Tensor
     return (uncond + w * (cond - uncond)).to(torch.promote_types(pred_uncond.dtype, pred_cond.dtype))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Moving along a path
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def add_noise(data: Tensor, noise: Tensor, alpha: Tensor | float, sigma: Tensor | float) -> Tensor:
     """`alpha * data + sigma * noise`: (B, ...), promoted dtype of data and noise. alpha, sigma: float, () or (B,)."""
     _check_pair("data", data, "noise", noise)
@@ -190,11 +180,6 @@ def to_straight_path(x_t: Tensor, alpha: Tensor | float, sigma: Tensor | float) 
     alpha, sigma = _per_sample("alpha", alpha, x_t, dtype), _per_sample("sigma", sigma, x_t, dtype)
     tau = (sigma / (alpha + sigma)).flatten().expand(x_t.shape[0])
     return (x_t.to(dtype) / (alpha + sigma)).to(x_t.dtype), tau
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Schedules
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
@@ -391,11 +376,6 @@ def _variance_preserving(alphas_cumprod: Tensor, dtype: torch.dtype) -> Schedule
 
 def _is_flow_matching(scheduler) -> bool:
     return "FlowMatch" in type(scheduler).__name__ or scheduler.config.get("use_flow_sigmas", False)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Checks and broadcasting
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def _compute_dtype(*tensors: Tensor) -> torch.dtype:

@@ -13,7 +13,6 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-import fastdistill
 from fastdistill import OneStepPipeline, demo
 from fastdistill.cli import app
 from fastdistill.demo import live, words
@@ -193,16 +192,18 @@ def test_figures_have_two_or_three_digits(value, text):
 @pytest.fixture(scope="module")
 def trained_run():
     calls = []
-    result = demo.run(
-        teacher_steps=2,
-        images=100,
-        timed=2,
-        seed=11,
-        train="dmd",
-        minutes=1e-6,
-        command="the command",
-        report=lambda *call: calls.append(call),
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(live, "LIVE", dataclasses.replace(live.LIVE, batch_size=4, pairs=8, pair_steps=2))
+        result = demo.run(
+            teacher_steps=2,
+            images=100,
+            timed=2,
+            seed=11,
+            train="dmd",
+            minutes=1e-6,
+            command="the command",
+            report=lambda *call: calls.append(call),
+        )
     return result, calls
 
 
@@ -373,4 +374,3 @@ def test_the_live_configuration_is_a_valid_one_that_only_the_clock_ends():
     assert live.LIVE.iterations > 10**6
     assert live.LIVE.decay == 0
     assert live.LIVE.report_every == 1
-    assert fastdistill.__version__

@@ -21,9 +21,6 @@ def ddim(**options):
     return DDIMScheduler(**{**STABLE_DIFFUSION, "clip_sample": False, **options})
 
 
-# -- prediction types --------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("prediction_type", "expected"),
     [
@@ -165,9 +162,6 @@ def test_conversion_is_differentiable_and_survives_compile_tracing():
     torch.testing.assert_close(compiled(noise, data), data_of(noise, data), rtol=0, atol=0)
 
 
-# -- guidance ----------------------------------------------------------------------------------------------------------
-
-
 def test_guidance_follows_the_raw_scale_and_commutes_with_conversion():
     uncond, cond = ends(2)
     x_t = ends(2, seed=1)[0]
@@ -179,9 +173,6 @@ def test_guidance_follows_the_raw_scale_and_commutes_with_conversion():
     torch.testing.assert_close(per_sample, torch.stack([cond[0], guided[1]]))
     mu = [diffusion.to_data(p, x_t, alpha, sigma, "epsilon") for p in (uncond, cond, guided)]
     torch.testing.assert_close(diffusion.guide(mu[0], mu[1], 3.0), mu[2])
-
-
-# -- schedules ---------------------------------------------------------------------------------------------------------
 
 
 def test_scaled_linear_is_stable_diffusions_schedule():
@@ -246,9 +237,6 @@ def test_prediction_type_is_read_from_the_scheduler(prediction_type):
     assert diffusion.prediction_type_of(ddim(prediction_type=prediction_type)) == prediction_type
 
 
-# -- agreement with diffusers' sampler ---------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("zero_snr", [False, True])
 def test_add_noise_and_velocity_agree_with_ddim(zero_snr):
     scheduler = ddim(rescale_betas_zero_snr=zero_snr)
@@ -301,9 +289,6 @@ def test_one_step_starts_where_the_spacing_says():
     assert diffusion.inference_timesteps(1, "trailing").tolist() == [999]
     assert diffusion.inference_timesteps(1, "leading", steps_offset=1).tolist() == [1]
     assert diffusion.inference_timesteps(4, "trailing").tolist() == [999, 749, 499, 249]
-
-
-# -- errors ------------------------------------------------------------------------------------------------------------
 
 
 def test_unknown_names_are_refused_with_the_known_ones():

@@ -114,7 +114,7 @@ def save_pipeline(
             shutil.rmtree(fresh / "unet")
         else:
             _copy_frozen_parts(pipeline, Path(frozen_parts), fresh)
-        unet = copy.deepcopy(pipeline.unet).to(torch.float16, memory_format=torch.contiguous_format)
+        unet = copy.deepcopy(pipeline.unet).half().to(memory_format=torch.contiguous_format)
         unet.save_pretrained(fresh / "unet", safe_serialization=True)
         pipeline.scheduler.save_pretrained(fresh / "scheduler")
         for config in (fresh / "unet" / "config.json", fresh / "scheduler" / "scheduler_config.json"):

@@ -36,7 +36,7 @@ def _heading(draw: ImageDraw.ImageDraw, result: DemoResult) -> None:
         draw,
         (MARGIN, 200),
         f"The same noise in every row. The student draws {significant(result.speedup)} times as fast as its teacher in "
-        f"{result.teacher.steps} steps,\nwhich, hurried to one step, can only draw the average of all it has seen.",
+        f"{result.teacher.steps} steps,\nwhich, hurried to one step, can only draw the average of every such digit.",
         SOFT,
         30,
     )

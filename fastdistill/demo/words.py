@@ -18,8 +18,8 @@ def explanation(result: DemoResult) -> str:
     """Two sentences, for someone who sees this for the first time."""
     steps = _number(result.teacher.steps)
     return (
-        f"A diffusion model draws each digit by clearing away noise in {steps} careful steps; hurried to a single one, "
-        "it can only draw the average of all it has seen. "
+        f"A diffusion model draws a digit by clearing away noise in {steps} careful steps; hurried to a single one, "
+        "it can only draw the average of every such digit it has seen. "
         "Its student, a network of the same size distilled by distribution matching, starts from the same noise and "
         "needs one step."
     )

@@ -239,9 +239,9 @@ class OneStepPipeline:
         scale = self._parts.image_scale
         shape = (self._parts.unet.config.in_channels, request.height // scale, request.width // scale)
         count = 1 + plan.fresh_noises
-        noise = torch.empty((count, len(request.seeds), *shape))
+        noise = torch.empty((count, len(request.seeds), *shape), dtype=torch.float32, device="cpu")
         for image, seed in enumerate(request.seeds):
-            generator = torch.Generator().manual_seed(seed)
+            generator = torch.Generator("cpu").manual_seed(seed)
             for draw in range(count):
                 torch.randn(shape, generator=generator, out=noise[draw, image])
         return noise.to(device=self.device, dtype=self._latent_dtype)

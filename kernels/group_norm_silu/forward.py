@@ -106,8 +106,7 @@ def _forward_whole_kernel(
 @triton.jit(do_not_specialize=RUNTIME_SIZES)
 def _moments_kernel(
     x_ptr,
-    partial_mean_ptr,
-    partial_m2_ptr,
+    partial_ptr,
     x_stride_n,
     x_stride_c,
     x_stride_s,
@@ -116,10 +115,12 @@ def _moments_kernel(
     pixels_per_split,
     splits,
     channel_tiles,
+    partial_stride,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """Mean and sum of squared deviations of x, per channel, over one run of pixels. Partials are (N, splits, C)."""
+    """Moments of x, per channel, over one run of pixels: the mean as the sum of a reference and a small drift, and the sum
+    of squared deviations from it. `partial` is (3, N, splits, C) in this order."""
     program = tl.program_id(0).to(tl.int64)
     split = program // channel_tiles % splits
     n = program // channel_tiles // splits
@@ -148,15 +149,15 @@ def _moments_kernel(
     total = tl.sum(first_moment, axis=1)
     drift = total / (stop - start).to(tl.float32)
     m2 = tl.sum(second_moment, axis=1) - total * drift
-    partial = (n * splits + split) * channels + c
-    tl.store(partial_mean_ptr + partial, reference + drift, mask=in_channels)
-    tl.store(partial_m2_ptr + partial, tl.where(m2 < 0.0, 0.0, m2), mask=in_channels)
+    row = partial_ptr + (n * splits + split) * channels + c
+    tl.store(row, reference, mask=in_channels)
+    tl.store(row + partial_stride, drift, mask=in_channels)
+    tl.store(row + 2 * partial_stride, tl.where(m2 < 0.0, 0.0, m2), mask=in_channels)
 
 
 @triton.jit(do_not_specialize=COMBINE_RUNTIME_SIZES)
 def _combine_moments_kernel(
-    partial_mean_ptr,
-    partial_m2_ptr,
+    partial_ptr,
     coefficients_ptr,
     mean_ptr,
     rstd_ptr,
@@ -176,6 +177,7 @@ def _combine_moments_kernel(
     elements,
     eps,
     coefficient_stride,
+    partial_stride,
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -184,8 +186,8 @@ def _combine_moments_kernel(
     program = tl.program_id(0).to(tl.int64)
     n = program // groups
     first_channel = program % groups * channels_per_group
-    partial = n * splits * channels + first_channel
-    reference = tl.load(partial_mean_ptr + partial)
+    partial = partial_ptr + n * splits * channels + first_channel
+    reference = tl.load(partial)
     lane_k = tl.arange(0, BLOCK_K)[:, None].to(tl.int64)
     lane_c = tl.arange(0, BLOCK_C)[None, :]
 
@@ -197,10 +199,10 @@ def _combine_moments_kernel(
         for k in range(0, splits, BLOCK_K):
             mask = (k + lane_k < splits) & in_group
             count = tl.minimum(pixels - (k + lane_k) * pixels_per_split, pixels_per_split).to(tl.float32)
-            means = tl.load(
-                partial_mean_ptr + partial + (k + lane_k) * channels + offset + lane_c, mask=mask, other=0.0
-            )
-            drift += tl.sum(tl.sum(tl.where(mask, (means - reference + add) * (count / elements), 0.0), axis=1), axis=0)
+            row = partial + (k + lane_k) * channels + offset + lane_c
+            apart = tl.load(row, mask=mask, other=0.0) - reference
+            apart += tl.load(row + partial_stride, mask=mask, other=0.0) + add
+            drift += tl.sum(tl.sum(tl.where(mask, apart * (count / elements), 0.0), axis=1), axis=0)
 
     m2 = 0.0
     for offset in range(0, channels_per_group, BLOCK_C):
@@ -210,10 +212,11 @@ def _combine_moments_kernel(
         for k in range(0, splits, BLOCK_K):
             mask = (k + lane_k < splits) & in_group
             count = tl.minimum(pixels - (k + lane_k) * pixels_per_split, pixels_per_split).to(tl.float32)
-            offsets = partial + (k + lane_k) * channels + offset + lane_c
-            between = tl.load(partial_mean_ptr + offsets, mask=mask, other=0.0) - reference + add - drift
-            within = tl.load(partial_m2_ptr + offsets, mask=mask, other=0.0)
-            m2 += tl.sum(tl.sum(tl.where(mask, within + count * between * between, 0.0), axis=1), axis=0)
+            row = partial + (k + lane_k) * channels + offset + lane_c
+            apart = tl.load(row, mask=mask, other=0.0) - reference
+            apart += tl.load(row + partial_stride, mask=mask, other=0.0) + add - drift
+            within = tl.load(row + 2 * partial_stride, mask=mask, other=0.0)
+            m2 += tl.sum(tl.sum(tl.where(mask, within + count * apart * apart, 0.0), axis=1), axis=0)
 
     rstd = 1.0 / tl.sqrt_rn(m2 / elements + eps)
     tl.store(mean_ptr + program, reference + drift)
@@ -299,10 +302,10 @@ def plan_forward(
 
 def _plan_split(problem: Problem, tile: SplitTile, arguments: Arguments, silu: bool) -> list[Launch]:
     x = arguments["x_ptr"]
-    partial_mean = x.new_empty((problem.batch, tile.splits, problem.channels), dtype=torch.float32)
+    partial = x.new_empty((3, problem.batch, tile.splits, problem.channels), dtype=torch.float32)
     coefficients = x.new_empty((3, problem.batch, problem.channels), dtype=torch.float32)
     arguments = arguments | tile.arguments()
-    arguments |= {"partial_mean_ptr": partial_mean, "partial_m2_ptr": torch.empty_like(partial_mean)}
+    arguments |= {"partial_ptr": partial, "partial_stride": partial.stride(0)}
     arguments |= {"coefficients_ptr": coefficients, "coefficient_stride": coefficients.stride(0)}
     blocks = {"BLOCK_C": tile.block_c, "BLOCK_S": tile.block_s}
     return [

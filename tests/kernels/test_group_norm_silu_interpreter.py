@@ -1,7 +1,7 @@
 """The Triton kernels of group_norm_silu in Triton's interpreter: every regime, against float64.
 
-tests/ops/test_group_norm_silu.py covers the op on every backend. Here the limits are lowered so that small images take the
-ways that large ones take.
+tests/ops/test_group_norm_silu.py covers the op on every backend. Here the limits are lowered so that small images take
+the ways that large ones take.
 """
 
 import pytest
@@ -129,15 +129,20 @@ def test_a_large_mean_costs_no_digits(regime, layout):
     x, weight, bias, add, grad_y = inputs((2, 20, 16, 9), mean=100.0, std=0.01)
     y, *_ = check(layout(x), 2, weight, bias, torch.zeros_like(add), grad_y, large_mean=True)
     exact = in_pytorch(x, 2, weight, bias, torch.zeros_like(add), grad_y)[0]
-    # The mean is carried with its rounding error: rounded to float32 alone it would be off by 4e-4 of a deviation.
-    assert (y - exact).abs().max() < 1e-4
+    # The forward carries the mean with its rounding error; rounded to float32 alone it is off by up to 4e-4 deviations.
+    assert (y - exact).abs().max() < 1e-5
 
 
-def test_an_outlier_in_front_does_not_spoil_the_variance(regime):
-    x, weight, bias, add, grad_y = inputs((1, 4, 40, 41))
-    x[:, :, 0, 0] = 1e4  # the first pixel of each channel, from which a shift might be taken
-    check(x, 2, weight, bias, add, grad_y)
-    check(channels_last(x), 2, weight, bias, add, grad_y)
+@pytest.mark.parametrize("layout", [torch.Tensor.contiguous, channels_last], ids=["contiguous", "channels_last"])
+def test_an_outlier_in_front_does_not_spoil_the_variance(regime, layout):
+    x, weight, bias, add, _ = inputs((1, 4, 40, 41))
+    x[:, :, 0, 0] = 1e4  # the first pixel of each channel, which a shift would be taken from
+    y, _, rstd = op.group_norm_silu(layout(x), 2, weight, bias, add, 1e-5, True)
+    exact_y, _, exact_rstd, *_ = in_pytorch(x, 2, weight, bias, add, torch.ones_like(x))
+    assert ((rstd - exact_rstd) / exact_rstd).abs().max() < 1e-6
+    assert_close_to_exact(
+        y, exact_y, in_pytorch(x, 2, weight, bias, add, torch.ones_like(x), dtype=torch.float32)[0], y.dtype
+    )
 
 
 def test_a_term_far_from_the_image_is_part_of_the_statistics(regime):
@@ -149,7 +154,7 @@ def test_a_term_far_from_the_image_is_part_of_the_statistics(regime):
 def test_a_bad_value_stays_in_its_group(regime, bad):
     x, weight, bias, add, grad_y = inputs((2, 12, 9, 7))
     x[1, 5, 2, 3] = bad
-    y, mean, rstd, grad_x, grad_weight, grad_bias, grad_add = run(channels_last(x), 3, weight, bias, add, grad_y)
+    y, _, rstd, grad_x, grad_weight, grad_bias, grad_add = run(channels_last(x), 3, weight, bias, add, grad_y)
     own = torch.zeros(2, 12, dtype=torch.bool)
     own[1, 4:8] = True
     for name, value in {"y": y.flatten(2), "grad_x": grad_x.flatten(2)}.items():

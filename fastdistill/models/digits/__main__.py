@@ -70,7 +70,9 @@ def _train_teacher(options: argparse.Namespace) -> None:
 def _evaluate(options: argparse.Namespace) -> None:
     from .figures import as_markdown, measure, write_between_marks
 
-    command = f"{COMMAND} evaluate --seeds {' '.join(map(str, options.seeds))}"
+    command = " ".join([f"{COMMAND} evaluate --seeds", *map(str, options.seeds)])
+    if options.models:
+        command = " ".join([f"{command} --models", *options.models])
     rows = measure(options.seeds, options.models, log=lambda line: print(line, file=sys.stderr, flush=True))
     text = f"Printed by `{command}`: {as_markdown(rows, options.seeds)}"
     print(text)

@@ -69,8 +69,8 @@ def _bootstrap(images: torch.Tensor, labels: torch.Tensor, seed: int) -> DigitSc
 def as_markdown(rows: Sequence[Row], seeds: Sequence[int]) -> str:
     """The two tables of docs/digits.md: all figures, and accuracy and diversity per digit (means over the seeds)."""
     lines = [
-        f"1000 images, 100 of each digit, per row and seed; seeds {', '.join(map(str, seeds))}; "
-        "mean ± half of the 95 % confidence interval (Student's t).",
+        "1000 images, 100 of each digit, per row and seed unless the row says otherwise; "
+        f"seeds {', '.join(map(str, seeds))}; mean ± half of the 95 % confidence interval (Student's t).",
         "",
         "| images | Frechet distance | accuracy | diversity |",
         "|---|---|---|---|",
