@@ -181,6 +181,7 @@ def test_scaled_linear_is_stable_diffusions_schedule():
     torch.testing.assert_close(schedule.alpha, reference.sqrt(), rtol=2e-5, atol=0)
     torch.testing.assert_close(schedule.sigma, (1 - reference).sqrt(), rtol=1e-4, atol=0)
     assert schedule.alpha[999].item() == pytest.approx(0.0683, abs=1e-4)
+    assert schedule.sigma[0].item() == pytest.approx(0.00085**0.5, rel=1e-7)  # 1 - alpha^2 in float32: off by 4e-5
 
 
 def test_zero_terminal_snr_matches_diffusers_and_keeps_the_first_timestep():

@@ -29,8 +29,8 @@ class DMDConfig:
         iterations: updates of the student. The fake score is updated `critic_ratio` times as often.
         batch_size: samples per update, of either role.
         student_timestep: where the one step starts, with unit noise as input; None is the schedule's last.
-        critic_ratio: fake-score updates per student update (TTUR). A fake score that lags behind gives a gradient
-            towards where the student was: at ratio 1 the digits collapse.
+        critic_ratio: fake-score updates per student update (TTUR). A fake score that lags behind describes where the
+            student was: a trial at ratio 1 with guidance 1.5, on 8x8 pixels, collapsed.
         learning_rate, critic_learning_rate: of AdamW, student and fake score.
         beta1, beta2, weight_decay: of both AdamWs. No momentum by default: the gradient chases a moving target.
         warm_up: updates of each role over which its learning rate rises from 0.

@@ -35,7 +35,8 @@ def render_html(result: DemoResult) -> str:
 <p class="lead">{escape(explanation(result))}</p>
 {_key_figures(result)}
 <h2>Ten digits</h2>
-<p class="note">Every column starts from the same noise. Time is for one image, made alone.</p>
+<p class="note">Every column starts from the same noise. FD is the Fréchet distance to real digits, the percentage
+how many are recognised.</p>
 {"".join(_row(row, row is result.student) for row in result.rows)}
 {_walls(result)}
 <h2>The figures</h2>
@@ -74,7 +75,8 @@ def _row(row: Row, best: bool) -> str:
     return f"""<section class="row{" best" if best else ""}">
 <div><h3>{escape(row.title)}</h3><p class="note">{escape(row.note)}</p></div>
 <div class="digits">{images}</div>
-<div class="time"><div class="figure">{significant(row.median)}</div><div class="unit">ms per image</div></div>
+<div class="time"><div class="figure">{significant(row.median)}</div><div class="unit">ms per image</div>
+<div class="unit">FD {row.scores.fd:.2f} · {100 * row.scores.accuracy:.1f} %</div></div>
 </section>
 """
 
@@ -83,10 +85,11 @@ def _walls(result: DemoResult) -> str:
     walls = "".join(
         f'<figure><figcaption><b>{escape(row.title)}</b></figcaption><img class="drawn" '
         f'alt="100 digits by {escape(row.title)}" src="{_inline(_wall(row.samples))}"></figure>'
-        for row in (result.teacher, result.student)
+        for row in (result.teacher, result.untrained, result.student)
     )
     return f"""<h2>A hundred of each</h2>
-<p class="note">None selected: the seeds are {result.seed} to {result.seed + 99}, the same on both sides.</p>
+<p class="note">None selected: seeds {result.seed} to {result.seed + 99} in each. In the middle every seed gives nearly
+the same picture: an average is easy to recognise, and no two people write alike.</p>
 <div class="walls">{walls}</div>
 """
 

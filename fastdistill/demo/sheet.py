@@ -14,9 +14,10 @@ from .words import headline, significant
 
 PAPER, INK, SOFT, LINE, ACCENT = "#faf7f1", "#1d1b17", "#6d665a", "#ddd5c6", "#b5371f"
 WIDTH, MARGIN = 2000, 96
-DIGIT, PITCH = 112, 124  # one digit is 3.5 times its 32 pixels; some paper between them
+DIGIT, PITCH = 96, 124  # one digit is 3 times its 32 pixels; some paper between them
+LINES, LEADING = 2, 110  # two of every digit, to show whether they differ
 LABEL = 330  # where the digits begin, from the margin
-TOP, ROW, BOTTOM = 300, 190, 156
+TOP, ROW, BOTTOM = 300, 264, 156
 
 
 def render_sheet(result: DemoResult) -> Image.Image:
@@ -49,13 +50,15 @@ def _row(sheet: Image.Image, draw: ImageDraw.ImageDraw, top: int, row: Row, best
     draw.text((MARGIN, middle - 20), row.name, colour, _font(36), anchor="ls")
     draw.text((MARGIN, middle + 20), f"{row.steps} step{'s' if row.steps > 1 else ''}", colour, _font(30), anchor="ls")
     draw.text((MARGIN, middle + 56), row.note, SOFT, _font(21), anchor="ls")
-    for digit in range(10):
-        _draw_ink(sheet, row.samples[digit], MARGIN + LABEL + digit * PITCH, middle - DIGIT // 2)
+    first = middle - ((LINES - 1) * LEADING + DIGIT) // 2
+    for sample in range(10 * LINES):
+        line, digit = divmod(sample, 10)
+        _draw_ink(sheet, row.samples[sample], MARGIN + LABEL + digit * PITCH, first + line * LEADING)
     right = WIDTH - MARGIN
-    draw.text((right, middle - 10), f"{significant(row.median)} ms", colour, _font(48), anchor="rs")
-    draw.text((right, middle + 28), "per image", SOFT, _font(23), anchor="rs")
+    draw.text((right, middle - 16), f"{significant(row.median)} ms", colour, _font(48), anchor="rs")
     figures = f"FD {row.scores.fd:.2f} · {100 * row.scores.accuracy:.1f} %"
-    draw.text((right, middle + 62), figures, SOFT, _font(23), anchor="rs")
+    draw.text((right, middle + 26), figures, SOFT, _font(24), anchor="rs")
+    draw.text((right, middle + 60), f"diversity {row.scores.diversity:.2f}", SOFT, _font(24), anchor="rs")
 
 
 def _draw_ink(sheet: Image.Image, pixels, left: int, top: int) -> None:
@@ -71,8 +74,8 @@ def _foot(draw: ImageDraw.ImageDraw, top: int, result: DemoResult) -> None:
         draw,
         (MARGIN, top + 46),
         f"FD: Frechet distance of {result.images} images to the 1797 real digits; 0 is indistinguishable. "
-        "%: recognised as the digit that was asked for.\n"
-        f"Time: median of {result.timed} images made one at a time on {machine['device']} "
+        "%: recognised as the digit that was asked for. Diversity: 1 is as varied as real ones.\n"
+        f"ms: per image, median of {result.timed} made one at a time on {machine['device']} "
         f"({machine['processor']}, {machine['threads']} of {machine['cores']} cores).\n"
         f"Made by: {result.command}",
         SOFT,

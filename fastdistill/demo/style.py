@@ -31,7 +31,7 @@ p { margin: 0 0 12px; }
 .figures div:first-child dd { color: var(--accent); }
 .figures small { font-size: 22px; }
 
-.row { display: grid; grid-template-columns: 178px 1fr 108px; gap: 22px; align-items: center;
+.row { display: grid; grid-template-columns: 184px 1fr 116px; gap: 22px; align-items: center;
   padding: 18px 0; border-top: 1px solid var(--line); }
 .row:first-of-type { border-top: 0; }
 .row h3 { margin: 0; font-size: 17px; line-height: 1.3; font-weight: 650; }
@@ -46,7 +46,7 @@ p { margin: 0 0 12px; }
 .unit { font-size: 13px; }
 .best h3, .best .figure { color: var(--accent); }
 
-.walls { display: grid; grid-template-columns: 1fr 1fr; gap: 40px; margin-top: 22px; }
+.walls { display: grid; grid-template-columns: repeat(3, 1fr); gap: 44px; margin-top: 22px; }
 figure { margin: 0; }
 figcaption { font-size: 14px; margin-bottom: 10px; }
 figcaption b { color: var(--ink); font-weight: 650; }

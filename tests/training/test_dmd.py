@@ -53,6 +53,24 @@ def test_the_fake_score_is_updated_critic_ratio_times_per_student_update(ratio):
     assert dmd.fake_score.calls == 2 + 6 * ratio + 6
 
 
+def test_the_fake_score_learns_on_every_batch_before_the_student_takes_its_turn():
+    turns = []
+
+    class Recorder(DMD):
+        def distribution_loss(self, *args):
+            turns.append("student")
+            return super().distribution_loss(*args)
+
+        def fake_score_loss(self, *args):
+            turns.append("fake_score")
+            return super().fake_score_loss(*args)
+
+    teacher, schedule = gaussian_teacher()
+    train(Recorder(teacher, schedule, "sample", QUICK), CONDITIONS, SHAPE)
+    contract_check = ["student", "fake_score"]
+    assert turns == contract_check + 6 * ["fake_score", "fake_score", "student", "fake_score"]
+
+
 def test_the_teacher_does_not_change():
     dmd = roles()
     before = {name: value.clone() for name, value in dmd.teacher.state_dict().items()}
@@ -78,15 +96,16 @@ def test_global_random_state_plays_no_part():
     assert all(torch.equal(first[name], again[name]) for name in first)
 
 
-def test_only_the_teacher_is_guided():
+def test_only_the_teacher_is_guided_and_it_keeps_no_graph():
     class Recorder(torch.nn.Module):
         def __init__(self):
             super().__init__()
             self.weight = torch.nn.Parameter(torch.ones(()))
-            self.seen = []
+            self.seen, self.graphs = [], set()
 
         def forward(self, x_t, t, encoder_hidden_states, return_dict):
             self.seen.append(encoder_hidden_states.flatten().unique().tolist())
+            self.graphs.add(torch.is_grad_enabled())
             return (self.weight * x_t + encoder_hidden_states[:, 0],)
 
     _, schedule = gaussian_teacher()
@@ -94,6 +113,7 @@ def test_only_the_teacher_is_guided():
     dmd = DMD(Recorder(), schedule, "sample", config, unconditional=torch.full((1, 1, 1), -1.0))
     train(dmd, torch.full((1, 1, 1), 3.0), SHAPE)
     assert [-1.0] in dmd.teacher.seen
+    assert dmd.teacher.graphs == {False}
     assert all(seen == [3.0] for network in (dmd.student, dmd.fake_score) for seen in network.seen)
 
 
