@@ -190,13 +190,13 @@ def add_cuda_library(
     temp.mkdir(parents=True, exist_ok=True)
     empty.write_text("")
     stub = ninja.add("link", temp / "stub" / "libtorch_cuda.so", [empty], cxx, "-Wl,-soname,libtorch_cuda.so -fPIC")
-    cuda_lib = Path(shutil.which(nvcc)).resolve().parent.parent / "lib64"
+    # nvcc links, because it knows where its static runtime is, also when the nvcc on PATH is a wrapper.
     link = (
-        f"-L{shlex.quote(str(stub.parent))} -Wl,--no-as-needed -ltorch_cuda -Wl,--as-needed"
+        f"-ccbin {shlex.quote(cxx)} --cudart static -Xlinker --exclude-libs,ALL"
+        f" -L{shlex.quote(str(stub.parent))} -Xlinker --no-as-needed -ltorch_cuda -Xlinker --as-needed"
         f" -L{shlex.quote(str(torch / 'lib'))} -ltorch_cpu"
-        f" -L{shlex.quote(str(cuda_lib))} -Wl,--exclude-libs,ALL -lcudart_static -ldl -lrt -lpthread"
     )
-    ninja.add("link", out, objects, cxx, link, implicit=(stub,))
+    ninja.add("link", out, objects, nvcc, link, implicit=(stub,))
 
 
 class build_libraries(build_ext):
