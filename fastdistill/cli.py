@@ -213,7 +213,7 @@ def demo(
     from rich.console import Console
 
     from fastdistill import _pictures
-    from fastdistill.demo import render_html, render_sheet, run, summary
+    from fastdistill.demo import render_html, render_sheet, run, summary, warning
 
     with _progress() as report:
         result = run(
@@ -231,6 +231,8 @@ def demo(
     picture = _pictures.png(render_sheet(result))
     _output.write_files({page: render_html(result).encode(), sheet: picture})
     Console().print(summary(result))
+    if warning(result):
+        print(warning(result))
     print(page)
     print(sheet)
 

@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import torch
+from fastdistill.training import DMDProgress
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -154,6 +155,32 @@ def test_a_row_that_was_trained_just_now_is_shown_with_its_training(result):
     assert "Distilled just now, 1 step" in page.text
     assert "DMD, 142 updates of the student in 1 min 01 s" in page.text
     assert "Distilled just now" not in Page(demo.render_html(result)).text
+
+
+def test_times_that_scatter_come_with_a_warning(result):
+    busy = dataclasses.replace(result.rows[0], milliseconds=(62.0, 780.0, 4698.0))
+    disturbed = dataclasses.replace(result, rows=(busy, *result.rows[1:]))
+    assert "not to be relied on" in Page(demo.render_html(disturbed)).text
+    assert "not to be relied on" in demo.warning(disturbed)
+    assert "not to be relied on" not in Page(demo.render_html(result)).text
+    assert demo.warning(result) == ""
+
+
+def test_only_the_time_after_the_first_update_counts(monkeypatch):
+    """However long the teacher takes to solve its ODE, the student gets its time."""
+    ended = []
+
+    def fake(teacher, prompts, config, *, callback, device):
+        for update, seconds in enumerate((1.0, 2.0, 3.5), start=1):
+            ended.append(callback(DMDProgress(update, config.iterations, seconds, {}, None)))
+        raise StopIteration
+
+    monkeypatch.setattr(live, "distill", fake)
+    seen = []
+    with pytest.raises(StopIteration):
+        live.distil_live("t", 3.0, 0, torch.device("cpu"), lambda what, done, total: seen.append(done))
+    assert ended == [False, False, True]
+    assert seen == [0, 1.0, 2.0, 3.0]
 
 
 # ---- the picture ----------------------------------------------------------------------------------------------------

@@ -8,6 +8,6 @@ from .page import render_html
 from .result import DemoResult, Row, Training
 from .run import run
 from .sheet import render_sheet
-from .words import summary
+from .words import summary, warning
 
-__all__ = ["DemoResult", "Row", "Training", "render_html", "render_sheet", "run", "summary"]
+__all__ = ["DemoResult", "Row", "Training", "render_html", "render_sheet", "run", "summary", "warning"]

@@ -12,7 +12,7 @@ from fastdistill._pictures import png
 
 from .result import DemoResult, Row
 from .style import CSS
-from .words import definitions, explanation, facts, headline, seconds_and_minutes, significant
+from .words import definitions, explanation, facts, headline, seconds_and_minutes, significant, warning
 
 DIGITS = 10
 WALL_GAP = 6  # pixels: the digits fill their 32 from top to bottom
@@ -34,6 +34,7 @@ def render_html(result: DemoResult) -> str:
 <h1>{escape(headline(result))}</h1>
 <p class="lead">{escape(explanation(result))}</p>
 {_key_figures(result)}
+{_warning(result)}
 <h2>Ten digits</h2>
 <p class="note">Every column starts from the same noise. FD is the Fréchet distance to real digits, the percentage
 how many are recognised.</p>
@@ -68,6 +69,10 @@ def _key_figures(result: DemoResult) -> str:
     return f'<dl class="figures">{cells}</dl>'
 
 
+def _warning(result: DemoResult) -> str:
+    return f'<p class="warning">{escape(warning(result))}</p>' if warning(result) else ""
+
+
 def _row(row: Row, best: bool) -> str:
     images = "".join(
         f'<img class="drawn" alt="{digit}" src="{_inline(row.samples[digit])}">' for digit in range(DIGITS)
@@ -89,7 +94,7 @@ def _walls(result: DemoResult) -> str:
     )
     return f"""<h2>A hundred of each</h2>
 <p class="note">None selected: seeds {result.seed} to {result.seed + 99} in each. In the middle every seed gives nearly
-the same picture: an average is easy to recognise, and no two people write alike.</p>
+the same picture: an average is easy to read, but people do not write alike.</p>
 <div class="walls">{walls}</div>
 """
 

@@ -10,7 +10,7 @@ from functools import cache
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from .result import DemoResult, Row
-from .words import headline, significant
+from .words import headline, significant, warning
 
 PAPER, INK, SOFT, LINE, ACCENT = "#faf7f1", "#1d1b17", "#6d665a", "#ddd5c6", "#b5371f"
 WIDTH, MARGIN = 2000, 96
@@ -76,7 +76,7 @@ def _foot(draw: ImageDraw.ImageDraw, top: int, result: DemoResult) -> None:
         f"FD: Frechet distance of {result.images} images to the 1797 real digits; 0 is indistinguishable. "
         "%: recognised as the digit that was asked for. Diversity: 1 is as varied as real ones.\n"
         f"ms: per image, median of {result.timed} made one at a time on {machine['device']} "
-        f"({machine['processor']}, {machine['threads']} of {machine['cores']} cores).\n"
+        f"({machine['processor']}, {machine['threads']} of {machine['cores']} cores). {warning(result)}\n"
         f"Made by: {result.command}",
         SOFT,
         21,

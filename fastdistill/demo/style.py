@@ -31,7 +31,7 @@ p { margin: 0 0 12px; }
 .figures div:first-child dd { color: var(--accent); }
 .figures small { font-size: 22px; }
 
-.row { display: grid; grid-template-columns: 184px 1fr 116px; gap: 22px; align-items: center;
+.row { display: grid; grid-template-columns: 184px 1fr 132px; gap: 22px; align-items: center;
   padding: 18px 0; border-top: 1px solid var(--line); }
 .row:first-of-type { border-top: 0; }
 .row h3 { margin: 0; font-size: 17px; line-height: 1.3; font-weight: 650; }
@@ -43,7 +43,8 @@ p { margin: 0 0 12px; }
 @media (prefers-color-scheme: dark) { .drawn { filter: none; mix-blend-mode: screen; } }
 .time { text-align: right; line-height: 1.2; }
 .figure { font-size: 30px; font-variant-numeric: lining-nums tabular-nums; }
-.unit { font-size: 13px; }
+.unit { font-size: 13px; white-space: nowrap; }
+.warning { margin: 16px 0 0; color: var(--accent); font-size: 15px; }
 .best h3, .best .figure { color: var(--accent); }
 
 .walls { display: grid; grid-template-columns: repeat(3, 1fr); gap: 44px; margin-top: 22px; }

@@ -36,6 +36,13 @@ def definitions(result: DemoResult) -> dict[str, str]:
     }
 
 
+def warning(result: DemoResult) -> str:
+    """What must be said beside the times; empty where they can be trusted."""
+    if not result.disturbed:
+        return ""
+    return "The machine was busy with something else meanwhile: these times are not to be relied on."
+
+
 def facts(result: DemoResult) -> dict[str, str]:
     machine, versions = result.machine, dict(result.versions)
     versions.pop("fastdistill", None)
