@@ -174,8 +174,8 @@ def add_cuda_library(
     ninja: NinjaFile, out: Path, temp: Path, torch: Path, cxx: str, nvcc: str, architectures: list[str], werror: bool
 ) -> None:
     codes = [architecture.replace(".", "") for architecture in architectures]
-    flags = " ".join(f"-gencode=arch=compute_{code},code=sm_{code}" for code in codes)
-    flags += f" -std=c++17 -O3 -ccbin {shlex.quote(cxx)} -Xptxas -v -isystem {shlex.quote(str(torch / 'include'))}"
+    machine_code = " ".join(f"-gencode=arch=compute_{code},code=sm_{code}" for code in codes)
+    flags = f"{machine_code} -std=c++17 -O3 -ccbin {shlex.quote(cxx)} -Xptxas -v -isystem {shlex.quote(str(torch / 'include'))}"
     flags += f" -DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION} -DUSE_CUDA"
     flags += f" -DFASTDISTILL_CUDA_ARCHS='\"{';'.join(architectures)}\"'"
     flags += " -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra"
@@ -192,9 +192,8 @@ def add_cuda_library(
     stub = ninja.add("link", temp / "stub" / "libtorch_cuda.so", [empty], cxx, "-Wl,-soname,libtorch_cuda.so -fPIC")
     # nvcc links, because it knows where its static runtime is, also when the nvcc on PATH is a wrapper.
     link = (
-        f"-ccbin {shlex.quote(cxx)} --cudart static -Xlinker --exclude-libs,ALL"
-        f" -L{shlex.quote(str(stub.parent))} -Xlinker --no-as-needed -ltorch_cuda -Xlinker --as-needed"
-        f" -L{shlex.quote(str(torch / 'lib'))} -ltorch_cpu"
+        f"{machine_code} -ccbin {shlex.quote(cxx)} --cudart static -Xlinker --exclude-libs,ALL -Xlinker --no-as-needed"
+        f" -L{shlex.quote(str(stub.parent))} -ltorch_cuda -L{shlex.quote(str(torch / 'lib'))} -ltorch_cpu"
     )
     ninja.add("link", out, objects, nvcc, link, implicit=(stub,))
 
