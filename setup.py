@@ -175,7 +175,8 @@ def add_cuda_library(
 ) -> None:
     codes = [architecture.replace(".", "") for architecture in architectures]
     machine_code = " ".join(f"-gencode=arch=compute_{code},code=sm_{code}" for code in codes)
-    flags = f"{machine_code} -std=c++17 -O3 -ccbin {shlex.quote(cxx)} -Xptxas -v -isystem {shlex.quote(str(torch / 'include'))}"
+    flags = f"{machine_code} -std=c++17 -O3 -ccbin {shlex.quote(cxx)} -Xptxas -v"
+    flags += f" -isystem {shlex.quote(str(torch / 'include'))}"
     flags += f" -DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION} -DUSE_CUDA"
     flags += f" -DFASTDISTILL_CUDA_ARCHS='\"{';'.join(architectures)}\"'"
     flags += " -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra"
