@@ -57,11 +57,18 @@ class Launch:
         arguments: Mapping[str, Argument],
         constexprs: Mapping[str, object],
         num_warps: int,
+        maxnreg: int | None = None,
     ) -> Launch:
-        """Take from `arguments` what the kernel names, so that the kernels of one plan can share one mapping."""
+        """Take from `arguments` what the kernel names, so that the kernels of one plan can share one mapping.
+
+        maxnreg: registers per thread at most; None leaves it to the assembler.
+        """
         taken = {name: arguments[name] for name in kernel.arg_names if name not in constexprs}
         # Fusion is named although it is the default up to Triton 3.9: 3.10 turns it off unless asked.
-        return cls(kernel, programs, taken, dict(constexprs), {"num_warps": num_warps, "enable_fp_fusion": True})
+        options = {"num_warps": num_warps, "enable_fp_fusion": True}
+        if maxnreg is not None:
+            options["maxnreg"] = maxnreg
+        return cls(kernel, programs, taken, dict(constexprs), options)
 
     def run(self) -> None:
         """Launch on the current stream of the current device; see `run_all`."""

@@ -27,9 +27,9 @@ from .device import (
 )
 from .plan import Arguments, channel_arguments, plan_whole, stride_arguments
 from .tiles import (
+    BACKWARD_ELEMENTS_PER_THREAD,
     COMBINE_WARPS,
     MAX_WHOLE_BACKWARD,
-    SPLIT_WARPS,
     Problem,
     SplitTile,
     choose_split_tile,
@@ -439,7 +439,8 @@ def plan_backward(
         launches = [plan_whole(_backward_whole_kernel, problem, whole, arguments, silu)]
     else:
         gradient_unit = "grad_y_stride_s" if problem.channels_last else "grad_y_stride_c"
-        tile = choose_split_tile(problem, mixed_layouts=arguments[gradient_unit] == 1)
+        mixed_layouts = arguments[gradient_unit] == 1
+        tile = choose_split_tile(problem, BACKWARD_ELEMENTS_PER_THREAD, mixed_layouts)
         launches = _plan_split(problem, tile, arguments, silu)
 
     if problem.batch == 1:  # the sums over the pixels already are the gradients
@@ -471,7 +472,7 @@ def _plan_split(problem: Problem, tile: SplitTile, arguments: Arguments, silu: b
             programs=problem.batch * tile.splits * tile.channel_tiles,
             arguments=arguments,
             constexprs=blocks,
-            num_warps=SPLIT_WARPS,
+            num_warps=tile.num_warps,
         ),
         Launch.of(
             _combine_gradient_sums_kernel,
@@ -485,6 +486,6 @@ def _plan_split(problem: Problem, tile: SplitTile, arguments: Arguments, silu: b
             programs=problem.batch * tile.pixel_tiles * tile.channel_tiles,
             arguments=arguments,
             constexprs=blocks,
-            num_warps=SPLIT_WARPS,
+            num_warps=tile.num_warps,
         ),
     ]

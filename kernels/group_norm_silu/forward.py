@@ -26,8 +26,8 @@ from .device import (
 from .plan import Arguments, channel_arguments, plan_whole, stride_arguments
 from .tiles import (
     COMBINE_WARPS,
+    FORWARD_ELEMENTS_PER_THREAD,
     MAX_WHOLE_FORWARD,
-    SPLIT_WARPS,
     Problem,
     SplitTile,
     choose_split_tile,
@@ -119,8 +119,8 @@ def _moments_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """Moments of x, per channel, over one run of pixels: the mean as the sum of a reference and a small drift, and the sum
-    of squared deviations from it. `partial` is (3, N, splits, C) in this order."""
+    """Moments of x per channel, over one run of pixels; `partial` (3, N, splits, C) holds a reference, the mean's drift
+    from it, and the sum of squared deviations from the mean."""
     program = tl.program_id(0).to(tl.int64)
     split = program // channel_tiles % splits
     n = program // channel_tiles // splits
@@ -133,8 +133,9 @@ def _moments_kernel(
     mask = in_channels[:, None] & (s < stop)[None, :]
     x_ptrs = tile_pointers(x_ptr, n, c, s, x_stride_n, x_stride_c, x_stride_s)
     x = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
-    # Differences to the mean of the first tile: small enough to be summed without loss whatever |mean| / std is,
-    # and at worst 1 / iterations of the pixels are outliers to the others.
+    # Differences to the mean of the first tile are small enough to be summed without loss, whatever |mean| / std is.
+    # Should that tile lie far from the others, it makes the variance large as well: at most a factor of
+    # tiles_per_program is lost in the subtraction below.
     reference = tl.sum(x, axis=1) / tl.minimum(stop - start, BLOCK_S).to(tl.float32)
     centred = tl.where(mask, x - reference[:, None], 0.0)
     first_moment = centred
@@ -296,7 +297,7 @@ def plan_forward(
     if whole is not None:
         launches = [plan_whole(_forward_whole_kernel, problem, whole, arguments, silu)]
     else:
-        launches = _plan_split(problem, choose_split_tile(problem), arguments, silu)
+        launches = _plan_split(problem, choose_split_tile(problem, FORWARD_ELEMENTS_PER_THREAD), arguments, silu)
     return launches, (y, mean, rstd)
 
 
@@ -314,7 +315,7 @@ def _plan_split(problem: Problem, tile: SplitTile, arguments: Arguments, silu: b
             programs=problem.batch * tile.splits * tile.channel_tiles,
             arguments=arguments,
             constexprs=blocks,
-            num_warps=SPLIT_WARPS,
+            num_warps=tile.num_warps,
         ),
         Launch.of(
             _combine_moments_kernel,
@@ -328,6 +329,6 @@ def _plan_split(problem: Problem, tile: SplitTile, arguments: Arguments, silu: b
             programs=problem.batch * tile.pixel_tiles * tile.channel_tiles,
             arguments=arguments,
             constexprs={"SILU": silu} | blocks,
-            num_warps=SPLIT_WARPS,
+            num_warps=tile.num_warps,
         ),
     ]

@@ -45,4 +45,7 @@ def plan_whole(
         arguments=arguments | {"units_per_tile": tile.channels // tile.channel_unit, "tiles": tiles},
         constexprs={"SILU": silu, "CHANNEL_UNIT": tile.channel_unit} | blocks,
         num_warps=tile.num_warps,
+        # Up to 8 warps may use all registers there are: left alone, the assembler may stop early and spill to fit one
+        # program more. 16 warps cannot have more than 128 per thread as it is.
+        maxnreg=255 if tile.num_warps <= 8 else None,
     )

@@ -17,15 +17,17 @@ import triton
 MAX_WHOLE_FORWARD = 16384
 MAX_WHOLE_BACKWARD = 8192
 
-# 8 warps of 16 elements per thread: two 16-byte loads in 16 bit, and three float32 sums per element still fit.
-SPLIT_ELEMENTS = 4096
+# A split tile has 8 warps, a square one for mixed layouts as many as its elements need. The backward keeps five values
+# per element (x, grad_y and three sums), the forward three.
 SPLIT_WARPS = 8
+SQUARE = 64  # a 128-byte line of a 16-bit tensor, in either direction
+FORWARD_ELEMENTS_PER_THREAD = 16
+BACKWARD_ELEMENTS_PER_THREAD = 8
 
 COMBINE_ELEMENTS = 1024
 COMBINE_WARPS = 8
 
 SECTOR_CHANNELS = 16  # a 32-byte sector of a 16-bit tensor
-LINE_CHANNELS = 64  # a 128-byte line of a 16-bit tensor
 MAX_GROUPS_PER_TILE = 16  # bounds the (channels, groups) table of device.group_totals
 PROGRAMS_PER_WAVE = 1024  # about eight programs on each of 132 multiprocessors
 MAX_TILES_PER_PROGRAM = 16  # by then the partial results are about 1 % of the traffic
@@ -103,6 +105,7 @@ class SplitTile:
     channel_tiles: int
     pixel_tiles: int
     tiles_per_program: int
+    num_warps: int
 
     @property
     def pixels_per_split(self) -> int:
@@ -156,19 +159,22 @@ def choose_whole_tile(problem: Problem, max_elements: int) -> WholeTile | None:
     return WholeTile(groups, channels, block_c, block_s, block_g, num_warps)
 
 
-def choose_split_tile(problem: Problem, mixed_layouts: bool = False) -> SplitTile:
+def choose_split_tile(problem: Problem, elements_per_thread: int, mixed_layouts: bool = False) -> SplitTile:
     """The tile of the split regime. `mixed_layouts`: a gradient comes with the other layout than x."""
     limit_c, limit_s = triton.next_power_of_2(problem.channels), triton.next_power_of_2(problem.pixels)
+    elements = 32 * SPLIT_WARPS * elements_per_thread
+    if mixed_layouts:
+        elements = max(elements, SQUARE * SQUARE)
     if problem.channels_last or mixed_layouts:
-        # Full lines along the channels; square, so that a gradient in the other layout comes in full lines as well.
-        block_c = min(limit_c, max(LINE_CHANNELS, SPLIT_ELEMENTS // limit_s))
-        block_s = min(limit_s, SPLIT_ELEMENTS // block_c)
+        # Full lines along the channels; and along the pixels for a gradient in the other layout.
+        block_c = min(limit_c, max(SQUARE, elements // limit_s))
+        block_s = min(limit_s, elements // block_c)
     else:
         # Long runs of pixels and few channels: their parameters cost next to nothing.
-        block_s = min(limit_s, max(SPLIT_ELEMENTS // 4, SPLIT_ELEMENTS // limit_c))
-        block_c = min(limit_c, SPLIT_ELEMENTS // block_s)
+        block_s = min(limit_s, max(elements // 4, elements // limit_c))
+        block_c = min(limit_c, elements // block_s)
+    num_warps = max(1, block_c * block_s // (32 * elements_per_thread))
     channel_tiles, pixel_tiles = triton.cdiv(problem.channels, block_c), triton.cdiv(problem.pixels, block_s)
     tiles_per_program = problem.batch * channel_tiles * pixel_tiles // PROGRAMS_PER_WAVE
-    return SplitTile(
-        block_c, block_s, channel_tiles, pixel_tiles, min(MAX_TILES_PER_PROGRAM, max(1, tiles_per_program))
-    )
+    tiles_per_program = min(MAX_TILES_PER_PROGRAM, max(1, tiles_per_program))
+    return SplitTile(block_c, block_s, channel_tiles, pixel_tiles, tiles_per_program, num_warps)

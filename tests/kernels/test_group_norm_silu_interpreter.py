@@ -21,8 +21,8 @@ def regime(request, monkeypatch):
     if request.param != "whole":
         monkeypatch.setattr(forward, "MAX_WHOLE_FORWARD", 0)
         monkeypatch.setattr(backward, "MAX_WHOLE_BACKWARD", 0)
-        monkeypatch.setattr(tiles, "SPLIT_ELEMENTS", 256)
-        monkeypatch.setattr(tiles, "LINE_CHANNELS", 16)
+        monkeypatch.setattr(tiles, "SPLIT_WARPS", 1)
+        monkeypatch.setattr(tiles, "SQUARE", 16)
         monkeypatch.setattr(tiles, "COMBINE_ELEMENTS", 32)  # 8 or 2 splits per step
     if request.param == "split, several tiles per program":
         monkeypatch.setattr(tiles, "PROGRAMS_PER_WAVE", 4)

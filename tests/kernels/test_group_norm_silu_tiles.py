@@ -5,7 +5,6 @@ import math
 import pytest
 from fastdistill.kernels.group_norm_silu.tiles import (
     MAX_WHOLE_FORWARD,
-    SPLIT_ELEMENTS,
     Problem,
     choose_split_tile,
     choose_whole_tile,
@@ -40,8 +39,9 @@ def test_a_whole_tile_holds_whole_groups_and_all_pixels(problem):
 
 @given(problems, st.booleans())
 def test_split_tiles_cover_every_channel_and_pixel_once(problem, mixed_layouts):
-    tile = choose_split_tile(problem, mixed_layouts)
-    assert tile.block_c * tile.block_s <= SPLIT_ELEMENTS
+    tile = choose_split_tile(problem, 8, mixed_layouts)
+    assert tile.block_c * tile.block_s <= 4096
+    assert tile.num_warps in (1, 2, 4, 8, 16)
     assert (tile.channel_tiles - 1) * tile.block_c < problem.channels <= tile.channel_tiles * tile.block_c
     assert (tile.pixel_tiles - 1) * tile.block_s < problem.pixels <= tile.pixel_tiles * tile.block_s
     # Every split has at least one pixel: a partial mean divides by their number.
