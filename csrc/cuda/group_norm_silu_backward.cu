@@ -1,294 +1,362 @@
-// group_norm_silu, backward: three sums per channel and split, the coefficients of each group, then grad_x, and the
-// gradients of weight and bias over the samples.
+// group_norm_silu backward on CUDA.
 //
-// With dz = grad_y * silu'(z), xhat = (u - mean) * rstd and means over a group:
-//   grad_x = rstd * (weight * dz - mean(weight * dz) - xhat * mean(weight * dz * xhat)) = a * dz - b - c * xhat
+// With u = x + add, xhat = (u - mean) * rstd, z = xhat * weight + bias, dz = grad_y * silu'(z), D elements in a group:
+//   grad_x = rstd * (weight * dz - sum_D(weight * dz) / D - xhat * sum_D(weight * dz * xhat) / D).
+// Three sums over the pixels of a channel are enough for everything else: of dz (grad_bias), of dz * xhat (grad_weight)
+// and of xhat. Together they give grad_add, the sum of grad_x over the pixels, without a second look at grad_x.
+// The regimes are those of the forward; one more launch adds up the gradients of weight and bias over the batch.
 #include <torch/csrc/stable/library.h>
 
-#include <optional>
 #include <tuple>
 
 #include "group_norm_silu.cuh"
 
-namespace fastdistill {
+namespace fastdistill::cuda {
 namespace {
 
-struct Sums {
-  float *dz, *dz_xhat, *xhat;  // over one split, or (N, C) over all of them
+constexpr int kWholeThreads = 256;  // half of the forward's: a thread keeps twice as much
+constexpr int kWholeElements = 32;  // per thread, of x and of grad_y
+constexpr int kBatch = 2;           // loads of each in flight per thread
+constexpr int kSums = 3;            // per channel: dz, dz * xhat, xhat
+constexpr int kBatchRows = 8;       // of the block that sums over the batch
+enum { kDz, kDzXhat, kXhat };
+
+struct Backward {
+  Layout x;
+  int64_t groups, per_group;
+  Parameter weight, bias, add;
+  bool silu;
+  Tile tile;
+  const void *from, *grad_y;
+  Strides3 grad_y_stride;
+  bool grad_y_vectors;       // vectors of x's kind can be loaded from grad_y at once
+  void* grad_x;
+  Strides3 grad_x_stride;
+  float group_size;
+  const float *mean, *rstd;  // (N, G)
+  float* grad_add;           // (N, C)
+  float* partial;            // (kSums, N, pixel tiles, C)
+  float* sums[kSums];        // (N, C) each
+  float *mean_dz, *mean_dz_xhat;  // (N, G): the two sums over a group, divided by D, weight included
 };
 
-// (N, C) each: xhat = (x - center) * rstd + offset, z = xhat * weight + bias, grad_x = a * dz - b - c * xhat.
-struct Coefficients {
-  float *center, *rstd, *offset, *weight, *bias, *a, *b, *c;
-};
-constexpr int kCoefficients = 8;
-
-struct Normalised {
-  float center, rstd, offset, weight, bias;
-
-  __device__ Normalised(const Coefficients& k, int64_t i)
-      : center(k.center[i]), rstd(k.rstd[i]), offset(k.offset[i]), weight(k.weight[i]), bias(k.bias[i]) {}
-  __device__ float xhat(float x) const { return (x - center) * rstd + offset; }
-  __device__ float z(float xhat) const { return xhat * weight + bias; }
+// What a thread keeps of one of its channels: xhat = (x + offset) * rstd, z = xhat * weight + bias.
+struct Channel {
+  float offset, rstd, weight, bias;
 };
 
-__global__ void __launch_bounds__(kThreads)
-    prepare(Shape s, const float* mean, const float* rstd, Parameter weight, Parameter bias, Parameter add,
-            Coefficients k) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (i >= s.channels()) return;
-  const int64_t n = i / s.C, c = i % s.C, group = n * s.groups + c / s.per_group;
-  const Center center(mean[group], add.at(n, c, 0.0f));
-  k.center[i] = center.center;
-  k.rstd[i] = rstd[group];
-  k.offset[i] = center.rest * rstd[group];
-  k.weight[i] = weight.at(0, c, 1.0f);
-  k.bias[i] = bias.at(0, c, 0.0f);
+__device__ Channel channel(const Backward& b, int64_t n, int64_t c) {
+  const int64_t group = n * b.groups + c / b.per_group;
+  return {b.add.at(n, c, 0.0f) - b.mean[group], b.rstd[group], b.weight.at(n, c, 1.0f), b.bias.at(n, c, 0.0f)};
 }
 
-// V gradients: neighbours in one load when V > 1 (the caller has checked that they are), else one from anywhere.
-template <typename T, int V, int kTeam>
-__global__ void __launch_bounds__(kThreads)
-    sums_of_rows(const T* x, int64_t stride_n, const T* grad_y, Strides3 grad, Shape s, Coefficients k, bool silu,
-                 Sums out) {
-  const RunOfRow<kTeam> at(s);
-  const T* row = x + at.n * stride_n + at.c * s.S;
-  const T* grad_row = grad_y + at.n * grad.n + at.c * grad.c;
-  const Normalised norm(k, at.row);
-  float v[V], g[V], dz = 0.0f, dz_xhat = 0.0f, xhat_sum = 0.0f;
-  for (int64_t i = at.begin + at.lane * V; i < at.end; i += kTeam * V) {
-    load_pack(row + i, v);
-    load_pack(grad_row + i * grad.s, g);
+__device__ float normalise(float x, const Channel& c) { return (x + c.offset) * c.rstd; }
+
+__device__ float grad_z(float grad_y, float xhat, const Channel& c, bool silu) {
+  if (!silu) return grad_y;
+  const float z = xhat * c.weight + c.bias, s = sigmoid(z);
+  return grad_y * (s * (1.0f + z * (1.0f - s)));
+}
+
+__device__ float grad_u(float xhat, float dz, const Channel& c, float mean_dz, float mean_dz_xhat) {
+  return c.rstd * (c.weight * dz - mean_dz - xhat * mean_dz_xhat);
+}
+
+// grad_u summed over the pixels of a channel.
+__device__ float grad_add(float pixels, float sum_dz, float sum_xhat, const Channel& c, float mean_dz,
+                          float mean_dz_xhat) {
+  return c.rstd * (c.weight * sum_dz - pixels * mean_dz - sum_xhat * mean_dz_xhat);
+}
+
+template <typename T, int V, bool kChannelsLast>
+__device__ Vector<T, V> load_grad_y(const Backward& b, const Lane<V, kChannelsLast>& lane, int64_t s) {
+  const T* from = static_cast<const T*>(b.grad_y) + lane.offset(b.grad_y_stride, s);
+  if (b.grad_y_vectors) return load_vector<V>(from);
+  return load_strided<V>(from, kChannelsLast ? b.grad_y_stride.c : b.grad_y_stride.s);
+}
+
+template <typename T, int V, bool kChannelsLast>
+__global__ void __launch_bounds__(kWholeThreads, 1) whole_kernel(const Backward b) {
+  using L = Lane<V, kChannelsLast>;
+  constexpr int A = L::kChannels, kVectors = kWholeElements / V;
+  extern __shared__ float scratch[];
+  float* group_scratch = scratch + A * b.tile.across * b.tile.along;
+  const L lane(b.tile, b.x, blockIdx.x);
+  const bool owns = lane.first_channel < lane.last_channel;
+
+  Vector<T, V> x[kVectors], grad_y[kVectors];
 #pragma unroll
-    for (int j = 0; j < V; ++j) {
-      const float xhat = norm.xhat(v[j]), d = grad_z(g[j], norm.z(xhat), silu);
-      dz += d;
-      dz_xhat += d * xhat;
-      xhat_sum += xhat;
+  for (int i = 0; i < kVectors; ++i) {
+    const int64_t s = lane.pixel + i * lane.step();
+    if (s >= lane.last_pixel) continue;
+    x[i] = load_vector<V>(static_cast<const T*>(b.from) + lane.offset(b.x.stride, s));
+    grad_y[i] = load_grad_y<T>(b, lane, s);
+  }
+  Channel channels[A] = {};
+#pragma unroll
+  for (int a = 0; a < A; ++a) {
+    if (owns) channels[a] = channel(b, lane.n, lane.first_channel + a);
+  }
+  float sums[kSums][A] = {};
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) {
+    if (lane.pixel + i * lane.step() >= lane.last_pixel) continue;
+#pragma unroll
+    for (int e = 0; e < V; ++e) {
+      const int a = L::channel_of(e);
+      const float xhat = normalise(to_float(x[i].value[e]), channels[a]);
+      const float dz = grad_z(to_float(grad_y[i].value[e]), xhat, channels[a], b.silu);
+      sums[kDz][a] += dz;
+      sums[kDzXhat][a] += dz * xhat;
+      sums[kXhat][a] += xhat;
     }
   }
-  dz = team_sum<kTeam>(dz);
-  dz_xhat = team_sum<kTeam>(dz_xhat);
-  xhat_sum = team_sum<kTeam>(xhat_sum);
-  if (at.active && at.lane == 0) {
-    const int64_t i = s.partial(at.n, at.c, at.split);
-    out.dz[i] = dz, out.dz_xhat[i] = dz_xhat, out.xhat[i] = xhat_sum;
+  sum_over_pixels(sums, scratch, lane.tx, lane.ty, lane.across, lane.along, lane.active);
+  float means[2][A];
+#pragma unroll
+  for (int a = 0; a < A; ++a) {
+    means[kDz][a] = channels[a].weight * sums[kDz][a];
+    means[kDzXhat][a] = channels[a].weight * sums[kDzXhat][a];
+  }
+  sum_over_groups(means, group_scratch, lane.tx, lane.ty, lane.active, b.tile.channels, static_cast<int>(b.per_group));
+#pragma unroll
+  for (int a = 0; a < A; ++a) {
+    means[kDz][a] /= b.group_size;
+    means[kDzXhat][a] /= b.group_size;
+    if (!owns || lane.ty != 0) continue;
+    const int64_t i = lane.n * b.x.C + lane.first_channel + a;
+    b.sums[kDz][i] = sums[kDz][a];
+    b.sums[kDzXhat][i] = sums[kDzXhat][a];
+    b.grad_add[i] = grad_add(static_cast<float>(b.x.S), sums[kDz][a], sums[kXhat][a], channels[a], means[kDz][a],
+                             means[kDzXhat][a]);
+  }
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) {
+    const int64_t s = lane.pixel + i * lane.step();
+    if (s >= lane.last_pixel) continue;
+#pragma unroll
+    for (int e = 0; e < V; ++e) {
+      const int a = L::channel_of(e);
+      const float xhat = normalise(to_float(x[i].value[e]), channels[a]);
+      const float dz = grad_z(to_float(grad_y[i].value[e]), xhat, channels[a], b.silu);
+      x[i].value[e] = from_float<T>(grad_u(xhat, dz, channels[a], means[kDz][a], means[kDzXhat][a]));
+    }
+    store_vector(static_cast<T*>(b.grad_x) + lane.offset(b.grad_x_stride, s), x[i]);
   }
 }
 
-template <typename T, int V>
-__global__ void __launch_bounds__(kThreads)
-    sums_of_pixels(const T* x, int64_t stride_n, int64_t stride_s, const T* grad_y, Strides3 grad, Shape s,
-                   Coefficients k, bool silu, Sums out) {
-  const RunOfPixels<V> at(s);
-  const T* column = x + at.n * stride_n + at.c;
-  const T* grad_column = grad_y + at.n * grad.n + at.c * grad.c;
-  float v[V], g[V], dz[V] = {}, dz_xhat[V] = {}, xhat_sum[V] = {};
-  for (int64_t p = at.begin; p < at.end; p += kPixelRows) {
-    load_pack(column + p * stride_s, v);
-    load_pack(grad_column + p * grad.s, g);
+template <typename T, int V, bool kChannelsLast>
+__global__ void __launch_bounds__(kSplitThreads) sums_kernel(const Backward b) {
+  using L = Lane<V, kChannelsLast>;
+  constexpr int A = L::kChannels;
+  extern __shared__ float scratch[];
+  const L lane(b.tile, b.x, blockIdx.x);
+  Channel channels[A] = {};
 #pragma unroll
-    for (int j = 0; j < V; ++j) {
-      const Normalised norm(k, at.n * s.C + at.c + j);  // from L1 after the first pixel
-      const float xhat = norm.xhat(v[j]), d = grad_z(g[j], norm.z(xhat), silu);
-      dz[j] += d;
-      dz_xhat[j] += d * xhat;
-      xhat_sum[j] += xhat;
+  for (int a = 0; a < A; ++a) {
+    if (lane.first_channel + a < lane.last_channel) channels[a] = channel(b, lane.n, lane.first_channel + a);
+  }
+  float sums[kSums][A] = {};
+#pragma unroll 2
+  for (int64_t s = lane.pixel; s < lane.last_pixel; s += lane.step()) {
+    const Vector<T, V> x = load_vector<V>(static_cast<const T*>(b.from) + lane.offset(b.x.stride, s));
+    const Vector<T, V> grad_y = load_grad_y<T>(b, lane, s);
+#pragma unroll
+    for (int e = 0; e < V; ++e) {
+      const int a = L::channel_of(e);
+      const float xhat = normalise(to_float(x.value[e]), channels[a]);
+      const float dz = grad_z(to_float(grad_y.value[e]), xhat, channels[a], b.silu);
+      sums[kDz][a] += dz;
+      sums[kDzXhat][a] += dz * xhat;
+      sums[kXhat][a] += xhat;
     }
   }
-  pixel_row_sum(dz);
-  pixel_row_sum(dz_xhat);
-  pixel_row_sum(xhat_sum);
-  if (at.active && threadIdx.x < kPixelLanes) {
+  sum_over_pixels(sums, scratch, lane.tx, lane.ty, lane.across, lane.along, lane.active);
+  if (lane.ty != 0) return;
+  const int64_t plane = b.x.N * b.tile.pixel_tiles * b.x.C;
+  float* row = b.partial + (lane.n * b.tile.pixel_tiles + lane.pixel_tile) * b.x.C;
 #pragma unroll
-    for (int j = 0; j < V; ++j) {
-      const int64_t i = s.partial(at.n, at.c + j, at.split);
-      out.dz[i] = dz[j], out.dz_xhat[i] = dz_xhat[j], out.xhat[i] = xhat_sum[j];
+  for (int a = 0; a < A; ++a) {
+    const int64_t c = lane.first_channel + a;
+    if (c >= lane.last_channel) continue;
+#pragma unroll
+    for (int k = 0; k < kSums; ++k) row[k * plane + c] = sums[k][a];
+  }
+}
+
+// A block per (image, group). Its threads form rows of `columns` channels, as many rows as there are threads for.
+__global__ void __launch_bounds__(kCombineThreads) combine_sums_kernel(const Backward b, const int columns) {
+  __shared__ float scratch[kCombineThreads];
+  const int64_t n = blockIdx.x / b.groups, first_channel = blockIdx.x % b.groups * b.per_group;
+  const int64_t splits = b.tile.pixel_tiles, plane = b.x.N * splits * b.x.C;
+  const int column = static_cast<int>(threadIdx.x) % columns, row = static_cast<int>(threadIdx.x) / columns;
+  const int rows = kCombineThreads / columns;
+  float dz = 0.0f, dz_xhat = 0.0f;
+  for (int64_t first = 0; first < b.per_group; first += columns) {
+    const int64_t c = first_channel + first + column;
+    const bool in_group = first + column < b.per_group;
+    float sums[kSums][1] = {};
+    for (int64_t split = row; in_group && split < splits; split += rows) {
+#pragma unroll
+      for (int k = 0; k < kSums; ++k) sums[k][0] += b.partial[k * plane + (n * splits + split) * b.x.C + c];
+    }
+    sum_over_pixels(sums, scratch, column, row, columns, rows, true);
+    if (!in_group || row != 0) continue;
+#pragma unroll
+    for (int k = 0; k < kSums; ++k) b.sums[k][n * b.x.C + c] = sums[k][0];
+    const float weight = b.weight.at(n, c, 1.0f);
+    dz += weight * sums[kDz][0];
+    dz_xhat += weight * sums[kDzXhat][0];
+  }
+  dz = sum_over_block(dz, scratch);
+  dz_xhat = sum_over_block(dz_xhat, scratch);
+  if (threadIdx.x == 0) {
+    b.mean_dz[blockIdx.x] = dz / b.group_size;
+    b.mean_dz_xhat[blockIdx.x] = dz_xhat / b.group_size;
+  }
+}
+
+template <typename T, int V, bool kChannelsLast>
+__global__ void __launch_bounds__(kSplitThreads) apply_kernel(const Backward b) {
+  using L = Lane<V, kChannelsLast>;
+  constexpr int A = L::kChannels;
+  // From the last tile to the first: the sums have left the end of x and grad_y in the L2 cache.
+  const L lane(b.tile, b.x, gridDim.x - 1 - blockIdx.x);
+  if (lane.first_channel >= lane.last_channel) return;
+  Channel channels[A];
+  float mean_dz[A], mean_dz_xhat[A];
+#pragma unroll
+  for (int a = 0; a < A; ++a) {
+    const int64_t c = lane.first_channel + a, i = lane.n * b.x.C + c;
+    channels[a] = channel(b, lane.n, c);
+    mean_dz[a] = b.mean_dz[lane.n * b.groups + c / b.per_group];
+    mean_dz_xhat[a] = b.mean_dz_xhat[lane.n * b.groups + c / b.per_group];
+    if (lane.pixel_tile == 0 && lane.ty == 0) {
+      b.grad_add[i] = grad_add(static_cast<float>(b.x.S), b.sums[kDz][i], b.sums[kXhat][i], channels[a], mean_dz[a],
+                               mean_dz_xhat[a]);
+    }
+  }
+  // Loads first: the compiler may not move one in front of a store that could overlap it.
+  for (int64_t first = lane.pixel; first < lane.last_pixel; first += kBatch * lane.step()) {
+    Vector<T, V> x[kBatch], grad_y[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int64_t s = first + i * lane.step();
+      if (s >= lane.last_pixel) continue;
+      x[i] = load_vector<V>(static_cast<const T*>(b.from) + lane.offset(b.x.stride, s));
+      grad_y[i] = load_grad_y<T>(b, lane, s);
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int64_t s = first + i * lane.step();
+      if (s >= lane.last_pixel) continue;
+#pragma unroll
+      for (int e = 0; e < V; ++e) {
+        const int a = L::channel_of(e);
+        const float xhat = normalise(to_float(x[i].value[e]), channels[a]);
+        const float dz = grad_z(to_float(grad_y[i].value[e]), xhat, channels[a], b.silu);
+        x[i].value[e] = from_float<T>(grad_u(xhat, dz, channels[a], mean_dz[a], mean_dz_xhat[a]));
+      }
+      store_vector(static_cast<T*>(b.grad_x) + lane.offset(b.grad_x_stride, s), x[i]);
     }
   }
 }
 
-// One warp per (sample, channel): its sums over the splits, in a fixed order.
-__global__ void __launch_bounds__(kThreads) sums_of_channels(Shape s, Sums in, Sums out) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
-  if (i >= s.channels()) return;
-  const int64_t n = i / s.C, c = i % s.C;
-  double dz = 0.0, dz_xhat = 0.0, xhat = 0.0;
-  for (int64_t split = threadIdx.x % 32; split < s.splits; split += 32) {
-    const int64_t at = s.partial(n, c, split);
-    dz += in.dz[at], dz_xhat += in.dz_xhat[at], xhat += in.xhat[at];
+// sums (N, C) of dz and dz * xhat over the batch: a block per kWarp channels, kBatchRows rows of threads over the images.
+__global__ void __launch_bounds__(kWarp* kBatchRows)
+    sum_over_batch_kernel(const Backward b, float* grad_weight, float* grad_bias) {
+  __shared__ float scratch[kWarp * kBatchRows];
+  const int column = static_cast<int>(threadIdx.x) % kWarp, row = static_cast<int>(threadIdx.x) / kWarp;
+  const int64_t c = blockIdx.x * int64_t{kWarp} + column;
+  float sums[2][1] = {};
+  for (int64_t n = row; c < b.x.C && n < b.x.N; n += kBatchRows) {
+    sums[kDz][0] += b.sums[kDz][n * b.x.C + c];
+    sums[kDzXhat][0] += b.sums[kDzXhat][n * b.x.C + c];
   }
-#pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) {
-    dz += __shfl_xor_sync(0xffffffffu, dz, offset);
-    dz_xhat += __shfl_xor_sync(0xffffffffu, dz_xhat, offset);
-    xhat += __shfl_xor_sync(0xffffffffu, xhat, offset);
-  }
-  if (threadIdx.x % 32 == 0) {
-    out.dz[i] = static_cast<float>(dz);
-    out.dz_xhat[i] = static_cast<float>(dz_xhat);
-    out.xhat[i] = static_cast<float>(xhat);
-  }
-}
-
-// One block per (sample, group): a, b, c, and grad_add = the sum of grad_x over a channel.
-__global__ void __launch_bounds__(kGroupThreads)
-    coefficients_of_groups(Shape s, Sums sums, Coefficients k, float* grad_add) {
-  const int64_t first = blockIdx.x / s.groups * s.C + blockIdx.x % s.groups * s.per_group;
-  const double elements = static_cast<double>(s.per_group) * static_cast<double>(s.S);
-  double m1 = 0.0, m2 = 0.0;
-  for (int64_t i = first + threadIdx.x; i < first + s.per_group; i += kGroupThreads) {
-    m1 += static_cast<double>(k.weight[i]) * sums.dz[i];
-    m2 += static_cast<double>(k.weight[i]) * sums.dz_xhat[i];
-  }
-  m1 = group_sum(m1) / elements;
-  m2 = group_sum(m2) / elements;
-  // Of a group of one value the output does not depend on x; rounding errors times rstd = 1/sqrt(eps) would.
-  const double on = elements > 1.0 ? 1.0 : 0.0;
-  for (int64_t i = first + threadIdx.x; i < first + s.per_group; i += kGroupThreads) {
-    const double rstd = on * k.rstd[i];
-    k.a[i] = static_cast<float>(rstd * k.weight[i]);
-    k.b[i] = static_cast<float>(rstd * m1);
-    k.c[i] = static_cast<float>(rstd * m2);
-    const double of_dz = static_cast<double>(k.weight[i]) * sums.dz[i];
-    grad_add[i] = static_cast<float>(rstd * (of_dz - static_cast<double>(s.S) * m1 - m2 * sums.xhat[i]));
-  }
-}
-
-template <typename T, int V, int kTeam>
-__global__ void __launch_bounds__(kThreads)
-    apply_to_rows(const T* x, int64_t stride_n, const T* grad_y, Strides3 grad, T* grad_x, Shape s, Coefficients k,
-                  bool silu) {
-  const RunOfRow<kTeam> at(s);
-  const T* row = x + at.n * stride_n + at.c * s.S;
-  const T* grad_row = grad_y + at.n * grad.n + at.c * grad.c;
-  T* to = grad_x + at.row * s.S;
-  const Normalised norm(k, at.row);
-  const float a = k.a[at.row], b = k.b[at.row], c = k.c[at.row];
-  float v[V], g[V];
-  for (int64_t i = at.begin + at.lane * V; i < at.end; i += kTeam * V) {
-    load_pack(row + i, v);
-    load_pack(grad_row + i * grad.s, g);
-#pragma unroll
-    for (int j = 0; j < V; ++j) {
-      const float xhat = norm.xhat(v[j]);
-      v[j] = a * grad_z(g[j], norm.z(xhat), silu) - b - c * xhat;
-    }
-    store_pack(to + i, v);
-  }
-}
-
-template <typename T, int V>
-__global__ void __launch_bounds__(kThreads)
-    apply_to_pixels(const T* x, int64_t stride_n, int64_t stride_s, const T* grad_y, Strides3 grad, T* grad_x, Shape s,
-                    Coefficients k, bool silu) {
-  const RunOfPixels<V> at(s);
-  if (!at.active) return;
-  const T* from = x + at.n * stride_n + at.c;
-  const T* grad_column = grad_y + at.n * grad.n + at.c * grad.c;
-  T* to = grad_x + at.n * s.S * s.C + at.c;
-  float v[V], g[V];
-  for (int64_t p = at.begin; p < at.end; p += kPixelRows) {
-    load_pack(from + p * stride_s, v);
-    load_pack(grad_column + p * grad.s, g);
-#pragma unroll
-    for (int j = 0; j < V; ++j) {
-      const int64_t i = at.n * s.C + at.c + j;
-      const Normalised norm(k, i);
-      const float xhat = norm.xhat(v[j]);
-      v[j] = k.a[i] * grad_z(g[j], norm.z(xhat), silu) - k.b[i] - k.c[i] * xhat;
-    }
-    store_pack(to + p * s.C, v);
-  }
-}
-
-__global__ void __launch_bounds__(kThreads) parameter_gradients(Shape s, Sums sums, float* grad_weight, float* grad_bias) {
-  const int64_t c = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (c >= s.C) return;
-  double weight = 0.0, bias = 0.0;
-  for (int64_t n = 0; n < s.N; ++n) weight += sums.dz_xhat[n * s.C + c], bias += sums.dz[n * s.C + c];
-  grad_weight[c] = static_cast<float>(weight);
-  grad_bias[c] = static_cast<float>(bias);
+  sum_over_pixels(sums, scratch, column, row, kWarp, kBatchRows, true);
+  if (row != 0 || c >= b.x.C) return;
+  grad_bias[c] = sums[kDz][0];
+  grad_weight[c] = sums[kDzXhat][0];
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> group_norm_silu_backward(
     const Tensor& grad_y, const Tensor& x, int64_t num_groups, std::optional<Tensor> weight, std::optional<Tensor> bias,
     std::optional<Tensor> add, const Tensor& mean, const Tensor& rstd, bool silu) {
-  const DeviceScope device(x);
-  const cudaStream_t stream = device.stream();
-  const Layout layout = layout_of(x);
-  const Strides3 stride = layout.stride, grad = strides_of(grad_y);
-  const Shape s(layout, num_groups);
-  const int64_t channels = s.channels();
+  const OnDeviceOf device(x);
+  const Problem p(x, num_groups, weight, bias, add, silu);
+  const int64_t bytes = static_cast<int64_t>(x.element_size());
   Tensor grad_x = torch::stable::empty_like(x);
-  Tensor grad_weight = torch::stable::new_empty(x, {s.C}, ScalarType::Float);
-  Tensor grad_bias = torch::stable::new_empty(x, {s.C}, ScalarType::Float);
-  Tensor grad_add = float_workspace(x, s.N, s.C);
-  Tensor partials = float_workspace(x, 3, s.partials()), totals = float_workspace(x, 3, channels);
-  Tensor coefficients = float_workspace(x, kCoefficients, channels);
-  auto* partial = static_cast<float*>(partials.mutable_data_ptr());
-  auto* total = static_cast<float*>(totals.mutable_data_ptr());
-  auto* row = static_cast<float*>(coefficients.mutable_data_ptr());
-  const Sums of_splits{partial, partial + s.partials(), partial + 2 * s.partials()};
-  const Sums of_channels{total, total + channels, total + 2 * channels};
-  const Coefficients k{row,
-                       row + channels,
-                       row + 2 * channels,
-                       row + 3 * channels,
-                       row + 4 * channels,
-                       row + 5 * channels,
-                       row + 6 * channels,
-                       row + 7 * channels};
-  const auto blocks_of = [](int64_t items, int64_t per_block) {
-    return static_cast<unsigned int>(ceil_div(items, per_block));
-  };
+  Tensor grad_weight = floats_like(x, {p.x.C});
+  Tensor grad_bias = floats_like(x, {p.x.C});
+  Tensor grad_add = floats_like(x, {p.x.N, p.x.C});
+  // The sums over the pixels of one image already are the gradients of weight and bias.
+  Tensor sum_dz = p.x.N == 1 ? grad_bias : floats_like(x, {p.x.N, p.x.C});
+  Tensor sum_dz_xhat = p.x.N == 1 ? grad_weight : floats_like(x, {p.x.N, p.x.C});
+  Backward b{};
+  b.x = p.x;
+  b.groups = p.groups;
+  b.per_group = p.per_group;
+  b.weight = p.weight;
+  b.bias = p.bias;
+  b.add = p.add;
+  b.silu = silu;
+  b.from = x.const_data_ptr();
+  b.grad_y = grad_y.const_data_ptr();
+  b.grad_y_stride = strides_of(grad_y);
+  b.grad_y_vectors = has_vectors(b.grad_y, b.grad_y_stride, p.x, bytes);
+  b.grad_x = grad_x.mutable_data_ptr();
+  b.grad_x_stride = layout_of(grad_x).stride;
+  b.group_size = p.group_size();
+  b.mean = data_of(mean);
+  b.rstd = data_of(rstd);
+  b.grad_add = data_of(grad_add);
+  b.sums[kDz] = data_of(sum_dz);
+  b.sums[kDzXhat] = data_of(sum_dz_xhat);
+  const bool vectors = has_vectors(b.from, b.x.stride, b.x, bytes) && has_vectors(b.grad_x, b.grad_x_stride, b.x, bytes);
+  const int v = vectors ? static_cast<int>(kVectorBytes / bytes) : 1;
 
-  prepare<<<blocks_of(channels, kThreads), kThreads, 0, stream>>>(
-      s, static_cast<const float*>(mean.const_data_ptr()), static_cast<const float*>(rstd.const_data_ptr()),
-      per_channel(weight), per_channel(bias), per_sample_and_channel(add), k);
-  check_launch("group_norm_silu_backward prepare");
-  with_element(x.scalar_type(), [&](auto element) {
-    using T = decltype(element);
-    const auto* from = static_cast<const T*>(x.const_data_ptr());
-    const auto* grad_from = static_cast<const T*>(grad_y.const_data_ptr());
-    auto* to = static_cast<T*>(grad_x.mutable_data_ptr());
-    constexpr int64_t kVector = 16 / sizeof(T);
-    const bool packs = reads_in_packs(x, stride, s, kVector) && reads_in_packs(grad_y, grad, s, kVector);
-    with_vector_and_team<T>(packs, s, [&](auto vector, auto team) {
-      constexpr int V = decltype(vector)::value, kTeam = decltype(team)::value;
-      if (s.channels_last) {
-        sums_of_pixels<T, V><<<pixel_blocks(s, V), kThreads, 0, stream>>>(from, stride.n, stride.s, grad_from, grad, s,
-                                                                         k, silu, of_splits);
-      } else {
-        sums_of_rows<T, V, kTeam>
-            <<<row_blocks(s, kTeam), kThreads, 0, stream>>>(from, stride.n, grad_from, grad, s, k, silu, of_splits);
-      }
-      check_launch("group_norm_silu_backward sums");
-      sums_of_channels<<<blocks_of(channels, kThreads / 32), kThreads, 0, stream>>>(s, of_splits, of_channels);
-      check_launch("group_norm_silu_backward channels");
-      coefficients_of_groups<<<static_cast<unsigned int>(s.N * s.groups), kGroupThreads, 0, stream>>>(
-          s, of_channels, k, static_cast<float*>(grad_add.mutable_data_ptr()));
-      check_launch("group_norm_silu_backward coefficients");
-      if (s.channels_last) {
-        apply_to_pixels<T, V><<<pixel_blocks(s, V), kThreads, 0, stream>>>(from, stride.n, stride.s, grad_from, grad, to,
-                                                                          s, k, silu);
-      } else {
-        apply_to_rows<T, V, kTeam>
-            <<<row_blocks(s, kTeam), kThreads, 0, stream>>>(from, stride.n, grad_from, grad, to, s, k, silu);
-      }
-      check_launch("group_norm_silu_backward apply");
+  if (const std::optional<Tile> whole = whole_tile(p, v, bytes, kWholeThreads, kWholeElements)) {
+    b.tile = *whole;
+    dispatch(x.scalar_type(), vectors, p.x.channels_last, [&](auto type, auto width, auto last) {
+      using T = typename decltype(type)::type;
+      constexpr int V = decltype(width)::value;
+      constexpr bool kLast = decltype(last)::value;
+      const int64_t shared = pixel_sum_bytes<V, kLast>(b.tile) + group_sum_bytes(b.tile, p.per_group);
+      launch("group_norm_silu_backward, whole groups", whole_kernel<T, V, kLast>, b.tile.blocks(p.x.N),
+             b.tile.threads(), shared, device.stream(), b);
     });
-  });
-  parameter_gradients<<<blocks_of(s.C, kThreads), kThreads, 0, stream>>>(
-      s, of_channels, static_cast<float*>(grad_weight.mutable_data_ptr()),
-      static_cast<float*>(grad_bias.mutable_data_ptr()));
-  check_launch("group_norm_silu_backward parameters");
+  } else {
+    b.tile = split_tile(p.x, v, bytes);
+    Tensor partial = floats_like(x, {kSums, p.x.N, b.tile.pixel_tiles, p.x.C});
+    Tensor sum_xhat = floats_like(x, {p.x.N, p.x.C});
+    Tensor mean_dz = floats_like(x, {p.x.N, p.groups});
+    Tensor mean_dz_xhat = floats_like(x, {p.x.N, p.groups});
+    b.partial = data_of(partial);
+    b.sums[kXhat] = data_of(sum_xhat);
+    b.mean_dz = data_of(mean_dz);
+    b.mean_dz_xhat = data_of(mean_dz_xhat);
+    dispatch(x.scalar_type(), vectors, p.x.channels_last, [&](auto type, auto width, auto last) {
+      using T = typename decltype(type)::type;
+      constexpr int V = decltype(width)::value;
+      constexpr bool kLast = decltype(last)::value;
+      launch("group_norm_silu_backward, sums", sums_kernel<T, V, kLast>, b.tile.blocks(p.x.N), kSplitThreads,
+             pixel_sum_bytes<V, kLast>(b.tile), device.stream(), b);
+      launch("group_norm_silu_backward, combination", combine_sums_kernel, p.x.N * p.groups, kCombineThreads, 0,
+             device.stream(), b, combine_columns(p.per_group));
+      launch("group_norm_silu_backward, application", apply_kernel<T, V, kLast>, b.tile.blocks(p.x.N), kSplitThreads, 0,
+             device.stream(), b);
+    });
+  }
+  if (p.x.N > 1) {
+    launch("group_norm_silu_backward, sum over the batch", sum_over_batch_kernel, ceil_div(p.x.C, kWarp),
+           kWarp * kBatchRows, 0, device.stream(), b, data_of(grad_weight), data_of(grad_bias));
+  }
   return {grad_x, grad_weight, grad_bias, grad_add};
 }
 
 }  // namespace
-}  // namespace fastdistill
+}  // namespace fastdistill::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(fastdistill, CUDA, m) {
-  m.impl("group_norm_silu_backward.cuda", TORCH_BOX(&fastdistill::group_norm_silu_backward));
+  m.impl("group_norm_silu_backward.cuda", TORCH_BOX(&fastdistill::cuda::group_norm_silu_backward));
 }
