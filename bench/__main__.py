@@ -1,6 +1,6 @@
 """`python -m fastdistill.bench`."""
 
-from fastdistill.bench.cli import app
+from .cli import app
 
 if __name__ == "__main__":
     app(prog_name="python -m fastdistill.bench")

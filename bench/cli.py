@@ -12,11 +12,13 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from fastdistill.bench import benchmark, environment
-from fastdistill.bench.modes import MODES
-from fastdistill.bench.report import print_report
-from fastdistill.bench.rows import Row, write_jsonl
-from fastdistill.bench.runner import CACHES, DEVICES, DTYPES, Selection, run
+from fastdistill.ops import BackendError
+
+from . import benchmark, environment
+from .modes import MODES
+from .report import print_report
+from .rows import Row, write_jsonl
+from .runner import CACHES, DEVICES, DTYPES, Selection, run
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -47,8 +49,12 @@ def bench(
 ) -> None:
     """Time ops against what a user would otherwise call, with the error of each.
 
-    Options take lists separated by commas. Exit code: 0; 1 if an error exceeds its limit; 2 for bad options.
+    Options take lists separated by commas. Exit code: 0; 1 if an error exceeds its limit or nothing could be measured;
+    2 for bad options.
     """
+    if threads is not None:
+        torch.set_num_threads(threads)
+    described = environment.describe()
     try:
         selections = [
             _select(op, mode, dtype, layout, shapes, providers, cache, device, pairs)
@@ -56,17 +62,17 @@ def bench(
         ]
         if out is not None:
             _check_writable(out)
-    except (_UsageError, benchmark.UnknownName) as error:
+        rows = _run(selections)
+    except (_UsageError, benchmark.UnknownName, BackendError) as error:  # the last from FASTDISTILL_BACKEND
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(EXIT_USAGE) from None
-    if threads is not None:
-        torch.set_num_threads(threads)
-    described = environment.describe()
-    rows = _run(selections)
     print_report(rows, described, Console())
     if out is not None:
         typer.echo(f"{len(rows)} rows written to {write_jsonl(rows, described, out)}")
-    if any(row.status == "failed" for row in rows):
+    statuses = {row.status for row in rows}
+    if statuses == {"missing"}:
+        typer.echo("error: nothing was measured; the reasons stand above", err=True)
+    if "failed" in statuses or statuses == {"missing"}:
         raise typer.Exit(EXIT_FAILED)
 
 

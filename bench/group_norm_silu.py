@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from fastdistill.bench import providers
-from fastdistill.bench.benchmark import Benchmark, Case, Inputs
 from fastdistill.ops import group_norm_silu
+
+from . import providers
+from .benchmark import Benchmark, Case, Inputs
 
 OP = "group_norm_silu"
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fastdistill.bench.benchmark import Inputs
+from .benchmark import Inputs
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-import shutil
 from collections.abc import Callable
 
 import torch
 
-from fastdistill.bench.benchmark import Inputs, Provider
 from fastdistill.ops import _dispatch, explain
+
+from .benchmark import Inputs, Provider
 
 
 def backends(op: str, function: Callable[..., object]) -> tuple[Provider, ...]:
@@ -44,11 +44,18 @@ def compiled(name: str, function: Callable[..., object]) -> Provider:
         torch.compiler.reset()
         return torch.compile(function, fullgraph=True, dynamic=False)
 
-    return Provider(name, prepare, _compile_reasons)
+    return Provider(name, prepare, lambda inputs: _compile_reasons(_device(inputs)))
 
 
-def _compile_reasons(inputs: Inputs) -> list[str]:
-    on_cpu = next(iter(inputs.tensors.values())).device.type == "cpu"
-    if on_cpu and not any(shutil.which(name) for name in ("g++", "clang++", "c++")):
-        return ["torch.compile on the CPU needs a C++ compiler on PATH"]
+@functools.cache
+def _compile_reasons(device: torch.device) -> list[str]:
+    """Whether a machine can compile (it takes a C++ compiler, headers, a writable cache) shows when it tries."""
+    try:
+        torch.compile(lambda x: x + 1, dynamic=False)(torch.ones(2, device=device))
+    except Exception as error:
+        return [f"torch.compile fails here: {type(error).__name__}: {str(error).strip().splitlines()[0]}"]
     return []
+
+
+def _device(inputs: Inputs) -> torch.device:
+    return next(iter(inputs.tensors.values())).device

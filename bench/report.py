@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fastdistill.bench.rows import Row
+from .rows import Row
 
 _STYLES = {"ok": "green", "failed": "bold red", "missing": "dim"}
 

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastdistill.bench.accuracy import Accuracy
-from fastdistill.bench.timing import Speed
+from .accuracy import Accuracy
+from .timing import Speed
 
 RESULTS = "results.jsonl"
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import torch
 
-from fastdistill.bench import accuracy, environment
-from fastdistill.bench.benchmark import Benchmark, Case, Inputs, Provider
-from fastdistill.bench.modes import MODES
-from fastdistill.bench.rows import Key, Row
-from fastdistill.bench.timing import Speed, time_pairs
+from . import accuracy, environment
+from .benchmark import Benchmark, Case, Inputs, Provider
+from .modes import MODES
+from .rows import Key, Row
+from .timing import Speed, time_pairs
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 DEVICES = ("cpu",)

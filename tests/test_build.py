@@ -109,6 +109,7 @@ def test_cuda_library_is_not_loaded_into_a_torch_without_cuda():
     assert "not built" in library.problem or "has no CUDA" in library.problem
 
 
+@pytest.mark.compiler
 def test_without_a_compiler_the_package_installs_without_libraries_and_says_so(tmp_path):
     nothing = tmp_path / "bin"
     nothing.mkdir()
@@ -120,6 +121,7 @@ def test_without_a_compiler_the_package_installs_without_libraries_and_says_so(t
     assert (made / "ops" / "group_norm_silu.py").exists()
 
 
+@pytest.mark.compiler
 def test_without_torch_the_error_names_the_three_ways(tmp_path):
     completed, _ = build(tmp_path, FASTDISTILL_TORCH=str(tmp_path / "nowhere"), FASTDISTILL_CUDA="0")
     assert completed.returncode != 0
@@ -127,6 +129,7 @@ def test_without_torch_the_error_names_the_three_ways(tmp_path):
         assert way in completed.stderr
 
 
+@pytest.mark.compiler
 def test_headers_of_an_older_torch_are_refused(tmp_path):
     headers = tmp_path / "torch" / "include" / "torch" / "csrc" / "stable"
     headers.mkdir(parents=True)
@@ -137,6 +140,7 @@ def test_headers_of_an_older_torch_are_refused(tmp_path):
     assert "needs the headers of torch >= 2.10" in completed.stderr
 
 
+@pytest.mark.compiler
 def test_asking_for_cuda_without_nvcc_fails_and_auto_goes_on(monkeypatch):
     setup = load_setup()
     monkeypatch.setattr(shutil, "which", lambda name: None)
@@ -150,6 +154,7 @@ def test_asking_for_cuda_without_nvcc_fails_and_auto_goes_on(monkeypatch):
         setup.nvcc_compiler()
 
 
+@pytest.mark.compiler
 def test_architectures_come_from_the_list_then_the_gpu_then_the_default(monkeypatch):
     setup = load_setup()
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0 8.6;9.0a+PTX")

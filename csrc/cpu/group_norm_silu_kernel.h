@@ -14,38 +14,49 @@ struct Moments {
 // center = mean - add comes back through `shift`. So a mean of 100 with a deviation of 0.01 keeps its digits.
 struct ForwardConstants {
   const float *center, *scale, *shift;  // z = (x - center) * scale + shift
+
+  ForwardConstants from(int64_t channel) const { return {center + channel, scale + channel, shift + channel}; }
 };
 
 struct BackwardConstants {
   const float *center, *rstd, *offset;  // xhat = (x - center) * rstd + offset
   const float *weight, *bias;           // z = xhat * weight + bias
   const float *a, *b, *c;               // grad_x = a * dz - b - c * xhat   (a, b, c unused by the sums)
+
+  BackwardConstants from(int64_t channel) const {
+    return {center + channel, rstd + channel, offset + channel, weight + channel,
+            bias + channel,   a + channel,    b + channel,      c + channel};
+  }
+};
+
+// Where the gradient of an element lies: it may have come in another layout than x.
+struct GradientStrides {
+  int64_t channel, spatial;
 };
 
 struct GroupNormSiluKernels {
-  // A block of rows x length elements of one group, rows apart by row_stride; add[r] or null. Exact two-pass moments.
-  Moments (*moments_rows)(const void* x, int64_t rows, int64_t length, int64_t row_stride, const float* add);
-  // y = silu(z) along `length` elements of channel c.
-  void (*forward_row)(const void* x, void* y, int64_t length, ForwardConstants k, int64_t c, bool silu);
-  // sums[0..2] += sum(dz), sum(dz * xhat), sum(xhat) along a row of channel c.
-  void (*backward_sums_row)(const void* x, const void* grad_y, int64_t grad_stride, int64_t length, BackwardConstants k,
-                            int64_t c, bool silu, double* sums);
-  void (*backward_row)(const void* x, const void* grad_y, int64_t grad_stride, void* grad_x, int64_t length,
-                       BackwardConstants k, int64_t c, bool silu);
+  // Contiguous: `rows` adjacent channels of `length` elements each; the constants start at the first of them.
+  // The moments are those of x + add[row]; add may be null. At most a few thousand elements at a time.
+  Moments (*moments_rows)(const void* x, int64_t rows, int64_t length, const float* add);
+  // y = silu(z), the last row first: its x is what the moments left in cache.
+  void (*forward_rows)(const void* x, void* y, int64_t rows, int64_t length, ForwardConstants k, bool silu);
+  // sums: sum(dz), sum(dz * xhat), sum(xhat) per channel, each `sums_stride` after the other; overwritten.
+  void (*backward_sums_rows)(const void* x, const void* grad_y, GradientStrides grad, int64_t rows, int64_t length,
+                             BackwardConstants k, bool silu, double* sums, int64_t sums_stride);
+  void (*backward_rows)(const void* x, const void* grad_y, GradientStrides grad, void* grad_x, int64_t rows,
+                        int64_t length, BackwardConstants k, bool silu);
 
-  // The same in channels last: `rows` pixels, row_stride apart, of C channels each.
-  // moments[g] of this block are overwritten; scratch holds 3 * C floats.
+  // Channels last: `rows` pixels, row_stride apart, of C channels each; y and grad_x are dense.
+  // moments[g] are overwritten; scratch holds 3 * C floats. At most a few hundred pixels at a time.
   void (*moments_pixels)(const void* x, int64_t rows, int64_t row_stride, int64_t C, int64_t groups, const float* add,
                          float* scratch, Moments* moments);
   void (*forward_pixels)(const void* x, int64_t row_stride, void* y, int64_t rows, int64_t C, ForwardConstants k,
                          bool silu);
-  // sums: (3, C), added to. Few enough rows for float32 accumulators.
-  void (*backward_sums_pixels)(const void* x, int64_t row_stride, const void* grad_y, int64_t grad_row_stride,
-                               int64_t grad_channel_stride, int64_t rows, int64_t C, BackwardConstants k, bool silu,
-                               double* sums);
-  void (*backward_pixels)(const void* x, int64_t row_stride, const void* grad_y, int64_t grad_row_stride,
-                          int64_t grad_channel_stride, void* grad_x, int64_t rows, int64_t C, BackwardConstants k,
-                          bool silu);
+  // sums: (3, C), added to.
+  void (*backward_sums_pixels)(const void* x, int64_t row_stride, const void* grad_y, GradientStrides grad,
+                               int64_t rows, int64_t C, BackwardConstants k, bool silu, double* sums);
+  void (*backward_pixels)(const void* x, int64_t row_stride, const void* grad_y, GradientStrides grad, void* grad_x,
+                          int64_t rows, int64_t C, BackwardConstants k, bool silu);
 };
 
 inline void combine(Moments& total, const Moments& part) {
