@@ -26,6 +26,10 @@ def layout_of(x: torch.Tensor) -> str | None:
     Contiguous: a channel's S values side by side, then the next channel. Channels last: a pixel's C values side by
     side. Samples may be any distance apart that keeps them from overlapping.
     """
+    if x.is_contiguous():  # the two usual cases, without walking the strides
+        return "contiguous"
+    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        return "channels_last"
     spatial = collapse_spatial(x)
     if spatial is None:
         return None

@@ -338,9 +338,9 @@ OP = _dispatch.register(
         "group_norm_silu",
         _check,
         (
-            _dispatch.Backend("cuda", _cuda_supports, _cuda_available),
-            _dispatch.Backend("triton", _triton_supports, _triton_available),
-            _dispatch.Backend("cpu", _cpu_supports, _cpu_available),
+            _dispatch.Backend("cuda", _cuda_supports, _cuda_available, "cuda"),
+            _dispatch.Backend("triton", _triton_supports, _triton_available, "cuda"),
+            _dispatch.Backend("cpu", _cpu_supports, _cpu_available, "cpu"),
             _dispatch.Backend(_dispatch.REFERENCE, _reference_supports),
         ),
     )
