@@ -28,11 +28,13 @@ class Backend:
 
 @dataclass(frozen=True)
 class Op:
-    """An op: its name, the check of its arguments (raises), and its backends in order of preference."""
+    """An op: its name, the check of its arguments (raises), its backends in order of preference, and what its first
+    argument is called, the tensor whose device decides."""
 
     name: str
     check: Callable[..., None]
     backends: tuple[Backend, ...]
+    tensor: str = "x"
 
     def backend(self, name: str) -> Backend:
         for candidate in self.backends:
@@ -110,7 +112,7 @@ def select(op: Op, backend: str | None, *args, **kwargs) -> str:
         if reasons:
             raise BackendError(f"{op.name}: backend {name!r} cannot serve this call: {'; '.join(reasons)}")
         return name
-    device = args[0].device.type
+    device = (args[0] if args else kwargs[op.tensor]).device.type
     for candidate in op.backends:
         # Asking only the device's own backends halves what a call costs in Python.
         if candidate.device in (None, device) and not candidate.supports(*args, **kwargs):

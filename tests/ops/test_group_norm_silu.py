@@ -425,6 +425,7 @@ def test_explain_names_the_choice_and_every_reason():
     assert explanation.reasons["cuda"] == ["needs a CUDA tensor, got cpu"]
     assert "needs a CUDA tensor" in str(explanation)
     assert list(explanation.reasons) == [b.name for b in ops()["group_norm_silu"].backends]
+    assert explain("group_norm_silu", x=torch.randn(1, 8, 4, 4), num_groups=4) == explanation
 
 
 @pytest.mark.parametrize(
