@@ -434,8 +434,10 @@ def test_explain_names_the_choice_and_every_reason():
         (torch.randn(1, 8, 4, 4, dtype=torch.float64), "float64"),
         (torch.randn(1, 8, 4, 8)[..., ::2], "strides"),
         (torch.randn(1, 8, 1, 1).expand(2, 8, 4, 4), "strides"),
+        (torch.randn(1, 8, 4, 4).expand(3, 8, 4, 4), "strides"),
+        (torch.randn(1, 8, 4, 4).to(memory_format=torch.channels_last).expand(3, 8, 4, 4), "strides"),
     ],
-    ids=["float64", "every other column", "expanded"],
+    ids=["float64", "every other column", "expanded", "one sample expanded", "one sample expanded, channels last"],
 )
 def test_what_no_kernel_reads_is_served_by_the_reference(x, reason):
     explanation = explain("group_norm_silu", x, 4)
