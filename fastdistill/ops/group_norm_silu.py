@@ -78,8 +78,8 @@ def reference(x, num_groups, weight=None, bias=None, eps=1e-5, *, silu=True, add
     weight, bias = (None if p is None else p.to(wide) for p in (weight, bias))
     if bias is not None and weight is None:  # torch's backward fails on a bias alone
         weight = torch.ones_like(bias)
-    # Contiguous, because torch's channels-last CPU kernel takes the variance as E[x^2] - E[x]^2: at mean 100, std 0.01
-    # it is wrong by 25 where this one is by 0.003.
+    # Contiguous, because torch's channels-last CPU kernel takes the variance as E[x^2] - E[x]^2: for 2x32x16x16 float32
+    # values of mean 100, std 0.01 in 8 groups its largest error is 7.6 to 9.3 over three seeds, here 0.001.
     z = torch.group_norm(u.contiguous(), num_groups, weight, bias, eps)
     y = torch.nn.functional.silu(z) if silu else z
     return like(y.to(x.dtype), x)
