@@ -7,15 +7,11 @@ followed by SiLU; `add` is the time embedding that the second norm of a residual
 from __future__ import annotations
 
 import math
-import os
 
 import torch
 
-from fastdistill import _native
-from fastdistill.ops import _dispatch
+from fastdistill.ops import _dispatch, _kernels
 from fastdistill.ops._layout import collapse_spatial, layout_of, like
-
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def group_norm_silu(
@@ -102,7 +98,7 @@ def _check(x, num_groups, weight=None, bias=None, eps=1e-5, *, silu=True, add=No
         raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
     if not 2 <= x.dim() <= 5:
         raise ValueError(f"x: expected (N, C, *spatial) with 2 to 5 dimensions, got shape {tuple(x.shape)}")
-    if x.dtype not in (*_DTYPES, torch.float64):
+    if x.dtype not in (*_kernels.DTYPES, torch.float64):
         raise TypeError(f"x: expected float32, float16, bfloat16 or float64, got {x.dtype}")
     if any(size == 0 for size in x.shape[1:]):
         raise ValueError(f"x: needs at least one channel and one spatial value, got shape {tuple(x.shape)}")
@@ -128,7 +124,7 @@ def _check(x, num_groups, weight=None, bias=None, eps=1e-5, *, silu=True, add=No
             raise ValueError(f"{name}: expected on x's device {x.device}, got {p.device}")
 
 
-def _kernel_reasons(x: torch.Tensor) -> list[str]:
+def _kernel_reasons(x: torch.Tensor, *_, **__) -> list[str]:
     """What no kernel serves, whoever wrote it."""
     reasons = []
     if x.dtype == torch.float64:
@@ -138,62 +134,8 @@ def _kernel_reasons(x: torch.Tensor) -> list[str]:
     return reasons
 
 
-@_dispatch.constant
-def _cpu_available() -> list[str]:
-    return [problem] if (problem := _native.cpu_library().problem) else []
-
-
-def _cpu_supports(x, *_, **__) -> list[str]:
-    reasons = _cpu_available()
-    if x.device.type != "cpu":
-        reasons.append(f"needs a CPU tensor, got {x.device}")
-    return reasons + _kernel_reasons(x)
-
-
-def _cuda_available() -> list[str]:
-    if problem := _native.cuda_library().problem:
-        return [problem]
-    return [] if torch.cuda.is_available() else ["no CUDA device is visible"]
-
-
-def _cuda_supports(x, *_, **__) -> list[str]:
-    if x.device.type != "cuda":
-        return [f"needs a CUDA tensor, got {x.device}", *_kernel_reasons(x)]
-    return _cuda_device_reasons(x.device.index) + _kernel_reasons(x)
-
-
-@_dispatch.constant
-def _cuda_device_reasons(index: int) -> list[str]:
-    return [problem] if (problem := _native.cuda_problem(index)) else []
-
-
-def _interpreting() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-@_dispatch.constant
-def _triton_available() -> list[str]:
-    try:
-        import triton  # noqa: F401
-    except ImportError as error:
-        return [f"triton cannot be imported: {error}"]
-    return [] if torch.cuda.is_available() or _interpreting() else ["needs a CUDA device (or TRITON_INTERPRET=1)"]
-
-
-def _triton_supports(x, *_, **__) -> list[str]:
-    if x.device.type == "cuda" or _interpreting():
-        return _triton_available() + _kernel_reasons(x)
-    return ["needs a CUDA tensor (or TRITON_INTERPRET=1)", *_kernel_reasons(x)]
-
-
-def _reference_supports(*_, **__) -> list[str]:
-    return []
-
-
 # ---- the registered ops: one overload per backend -------------------------------------------------------------------
 
-_LIBRARY = torch.library.Library("fastdistill", "FRAGMENT")
-_KERNELS = ("cuda", "triton", "cpu")
 _FORWARD = (
     "(Tensor x, int num_groups, Tensor? weight, Tensor? bias, Tensor? add, float eps, bool silu)"
     " -> (Tensor, Tensor, Tensor)"
@@ -227,16 +169,8 @@ def _triton_backward(grad_y, x, num_groups, weight, bias, add, mean, rstd, silu)
     return kernel.group_norm_silu_backward(grad_y, x, num_groups, weight, bias, add, mean, rstd, silu)
 
 
-for _backend in _KERNELS:
-    for _name, _schema, _fake in (
-        (f"group_norm_silu.{_backend}", _FORWARD, _forward_fake),
-        (f"group_norm_silu_backward.{_backend}", _BACKWARD, _backward_fake),
-    ):
-        _LIBRARY.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
-        torch.library.register_fake(f"fastdistill::{_name}", _fake, lib=_LIBRARY)
-for _device in ("CUDA", "CPU") if _interpreting() else ("CUDA",):
-    _LIBRARY.impl("group_norm_silu.triton", _triton_forward, _device)
-    _LIBRARY.impl("group_norm_silu_backward.triton", _triton_backward, _device)
+_kernels.define("group_norm_silu", _FORWARD, _forward_fake, _triton_forward)
+_kernels.define("group_norm_silu_backward", _BACKWARD, _backward_fake, _triton_backward)
 
 
 def _forward(backend: str):
@@ -333,15 +267,4 @@ def _needed(grads, needs):
     return [g if need else None for g, need in zip(grads, needs)]
 
 
-OP = _dispatch.register(
-    _dispatch.Op(
-        "group_norm_silu",
-        _check,
-        (
-            _dispatch.Backend("cuda", _cuda_supports, _cuda_available, "cuda"),
-            _dispatch.Backend("triton", _triton_supports, _triton_available, "cuda"),
-            _dispatch.Backend("cpu", _cpu_supports, _cpu_available, "cpu"),
-            _dispatch.Backend(_dispatch.REFERENCE, _reference_supports),
-        ),
-    )
-)
+OP = _dispatch.register(_dispatch.Op("group_norm_silu", _check, _kernels.backends(_kernel_reasons)))
