@@ -8,6 +8,10 @@
 namespace fastdistill {
 namespace {
 
+// dz is kept only where it stays in a cache: writing it to memory and back costs more than computing it twice.
+constexpr int64_t kKeptElements = 65536;             // of a group: a quarter of a second-level cache of 1 MiB
+constexpr int64_t kKeptInSharedCache = 2048 * 1024;  // of a tensor: a quarter of a last-level cache of 32 MiB
+
 struct Backward {
   const Problem& p;
   const GroupNormSiluKernels& k;
@@ -17,19 +21,20 @@ struct Backward {
   const float *mean, *rstd;
   float* grad_add;
   bool silu;
-  std::vector<float> center, scale, offset, a, b, c;  // (N, C)
-  std::vector<double> sums;                           // (N, 3, C): sum(dz), sum(dz * xhat), sum(xhat)
+  std::unique_ptr<float[]> center, scale, offset, a, b, c;  // (N, C)
+  std::vector<double> sums;                                 // (N, 3, C): sum(dz), sum(dz * xhat), sum(xhat)
 
   void prepare() {
-    const size_t size = static_cast<size_t>(p.x.N * p.x.C);
-    for (auto* v : {&center, &scale, &offset, &a, &b, &c}) v->resize(size);
-    sums.assign(3 * size, 0.0);
-    for (int64_t i = 0; i < p.x.N * p.x.C; ++i) {
-      const int64_t group = i / p.x.C * p.groups + i % p.x.C / p.per_group;
-      const double exact = mean[group] - (p.add ? p.add[i] : 0.0);
-      center[i] = static_cast<float>(exact);
-      scale[i] = rstd[group];
-      offset[i] = static_cast<float>(-(exact - center[i]) * rstd[group]);
+    const int64_t size = p.x.N * p.x.C;
+    for (auto* v : {&center, &scale, &offset, &a, &b, &c}) *v = floats(size);
+    sums.assign(static_cast<size_t>(3 * size), 0.0);
+    for (int64_t group = 0; group < p.x.N * p.groups; ++group) {
+      for (int64_t i = group * p.per_group; i < (group + 1) * p.per_group; ++i) {
+        const double exact = mean[group] - (p.add ? p.add[i] : 0.0);
+        center[i] = static_cast<float>(exact);
+        scale[i] = rstd[group];
+        offset[i] = static_cast<float>(-(exact - center[i]) * rstd[group]);
+      }
     }
   }
 
@@ -39,6 +44,11 @@ struct Backward {
   }
 
   GradientStrides grad() const { return {grad_stride.c, grad_stride.s}; }
+
+  // dz costs an exponential; a float32 grad_x has room for it until it is overwritten.
+  float* dz_in_grad_x(int64_t element) const {
+    return p.bytes == sizeof(float) ? reinterpret_cast<float*>(grad_x) + element : nullptr;
+  }
 
   // From the sums of a group: the constants of grad_x = a * dz - b - c * xhat, and grad_add = sum of grad_x.
   void finish_group(int64_t n, int64_t g) {
@@ -65,37 +75,41 @@ struct Backward {
     }
   }
 
-  void contiguous_sums(int64_t n, int64_t c, int64_t rows) {
+  void contiguous_sums(int64_t n, int64_t c, int64_t rows, float* kept_dz) {
     k.backward_sums_rows(x + (n * p.x.stride.n + c * p.x.S) * p.bytes,
-                         grad_y + (n * grad_stride.n + c * grad_stride.c) * p.bytes, grad(), rows, p.x.S,
+                         grad_y + (n * grad_stride.n + c * grad_stride.c) * p.bytes, grad(), kept_dz, rows, p.x.S,
                          constants(n).from(c), silu, &sums[n * 3 * p.x.C + c], p.x.C);
   }
 
-  void contiguous_rows(int64_t n, int64_t c, int64_t rows) const {
+  void contiguous_rows(int64_t n, int64_t c, int64_t rows, const float* kept_dz) const {
     k.backward_rows(x + (n * p.x.stride.n + c * p.x.S) * p.bytes,
-                    grad_y + (n * grad_stride.n + c * grad_stride.c) * p.bytes, grad(),
+                    grad_y + (n * grad_stride.n + c * grad_stride.c) * p.bytes, grad(), kept_dz,
                     grad_x + (n * p.x.C + c) * p.x.S * p.bytes, rows, p.x.S, constants(n).from(c), silu);
   }
 
   void contiguous() {
     if (p.group_per_task()) {
-      parallel_for(0, p.x.N * p.groups, p.tasks_per_thread(p.per_group * p.x.S), [&](int64_t begin, int64_t end) {
+      const int64_t size = p.per_group * p.x.S;
+      const bool fits_in_cache = size <= kKeptElements;
+      parallel_for(0, p.x.N * p.groups, p.tasks_per_thread(size), [&](int64_t begin, int64_t end) {
+        const auto scratch = p.bytes != sizeof(float) && fits_in_cache ? floats(size) : nullptr;
         for (int64_t i = begin; i < end; ++i) {
           const int64_t n = i / p.groups, g = i % p.groups;
-          contiguous_sums(n, g * p.per_group, p.per_group);
+          float* kept_dz = scratch ? scratch.get() : dz_in_grad_x(i * size);
+          contiguous_sums(n, g * p.per_group, p.per_group, kept_dz);
           finish_group(n, g);
-          contiguous_rows(n, g * p.per_group, p.per_group);
+          contiguous_rows(n, g * p.per_group, p.per_group, kept_dz);
         }
       });
       return;
     }
     const int64_t rows = p.x.N * p.x.C, grain = p.tasks_per_thread(p.x.S);
     parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) contiguous_sums(i / p.x.C, i % p.x.C, 1);
+      for (int64_t i = begin; i < end; ++i) contiguous_sums(i / p.x.C, i % p.x.C, 1, dz_in_grad_x(i * p.x.S));
     });
     for (int64_t i = 0; i < p.x.N * p.groups; ++i) finish_group(i / p.groups, i % p.groups);
     parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) contiguous_rows(i / p.x.C, i % p.x.C, 1);
+      for (int64_t i = begin; i < end; ++i) contiguous_rows(i / p.x.C, i % p.x.C, 1, dz_in_grad_x(i * p.x.S));
     });
   }
 
@@ -107,11 +121,16 @@ struct Backward {
     auto at_grad = [&](int64_t n, int64_t row) {
       return grad_y + (n * grad_stride.n + row * grad_stride.s) * p.bytes;
     };
+    const bool fits_in_cache = p.x.N * p.x.C * p.x.S <= kKeptInSharedCache;
+    auto kept = [&](int64_t n, int64_t row) {
+      return fits_in_cache ? dz_in_grad_x((n * p.x.S + row) * p.x.C) : nullptr;
+    };
     parallel_for(0, total, grain, [&](int64_t begin, int64_t end) {
+      const auto scratch = floats(3 * p.x.C);
       for (int64_t i = begin; i < end; ++i) {
         const int64_t n = i / tasks.per_sample, first = i % tasks.per_sample * tasks.rows_per_task;
-        k.backward_sums_pixels(at_x(n, first), p.x.stride.s, at_grad(n, first), grad(),
-                               std::min(tasks.rows_per_task, p.x.S - first), p.x.C, constants(n), silu,
+        k.backward_sums_pixels(at_x(n, first), p.x.stride.s, at_grad(n, first), grad(), kept(n, first),
+                               std::min(tasks.rows_per_task, p.x.S - first), p.x.C, constants(n), silu, scratch.get(),
                                &parts[i * 3 * p.x.C]);
       }
     });
@@ -119,7 +138,7 @@ struct Backward {
       for (int64_t j = 0; j < 3 * p.x.C; ++j) sums[i / tasks.per_sample * 3 * p.x.C + j] += parts[i * 3 * p.x.C + j];
     for (int64_t i = 0; i < p.x.N * p.groups; ++i) finish_group(i / p.groups, i % p.groups);
     for_pixels_backwards(p, [&](int64_t n, int64_t first, int64_t rows) {
-      k.backward_pixels(at_x(n, first), p.x.stride.s, at_grad(n, first), grad(),
+      k.backward_pixels(at_x(n, first), p.x.stride.s, at_grad(n, first), grad(), kept(n, first),
                         grad_x + (n * p.x.S + first) * p.x.C * p.bytes, rows, p.x.C, constants(n), silu);
     });
   }

@@ -84,7 +84,7 @@ void forward_rows(const void* x, void* y, int64_t rows, int64_t length, ForwardC
 }
 
 template <typename T, bool kSilu>
-void backward_sums_rows(const T* x, const T* grad_y, GradientStrides grad, int64_t rows, int64_t length,
+void backward_sums_rows(const T* x, const T* grad_y, GradientStrides grad, float* kept_dz, int64_t rows, int64_t length,
                         BackwardConstants k, double* sums, int64_t sums_stride) {
   constexpr int64_t kBlock = 4096;  // float32 within a block, double between them
   for (int64_t r = 0; r < rows; ++r) {
@@ -99,6 +99,7 @@ void backward_sums_rows(const T* x, const T* grad_y, GradientStrides grad, int64
         const T* at_grad = grad_y + r * grad.channel + (begin + i) * grad.spatial;
         const Pair xhat = keep<T>((load(at_x, lanes) - center) * rstd + offset, lanes);
         const Pair dz = grad_z<kSilu>(load_gradient(at_grad, grad.spatial, lanes), xhat * weight + bias);
+        if (kept_dz) store_floats<T>(kept_dz + r * length + begin + i, dz, lanes);
         s_dz = s_dz + dz;
         s_dz_xhat = s_dz_xhat + dz * xhat;
         s_xhat = s_xhat + xhat;
@@ -112,15 +113,15 @@ void backward_sums_rows(const T* x, const T* grad_y, GradientStrides grad, int64
 }
 
 template <typename T>
-void backward_sums_rows(const void* x, const void* grad_y, GradientStrides grad, int64_t rows, int64_t length,
-                        BackwardConstants k, bool silu, double* sums, int64_t sums_stride) {
+void backward_sums_rows(const void* x, const void* grad_y, GradientStrides grad, float* kept_dz, int64_t rows,
+                        int64_t length, BackwardConstants k, bool silu, double* sums, int64_t sums_stride) {
   auto run = silu ? backward_sums_rows<T, true> : backward_sums_rows<T, false>;
-  run((const T*)x, (const T*)grad_y, grad, rows, length, k, sums, sums_stride);
+  run((const T*)x, (const T*)grad_y, grad, kept_dz, rows, length, k, sums, sums_stride);
 }
 
-template <typename T, bool kSilu>
-void backward_rows(const T* x, const T* grad_y, GradientStrides grad, T* grad_x, int64_t rows, int64_t length,
-                   BackwardConstants k) {
+template <typename T, bool kSilu, bool kKept>
+void backward_rows(const T* x, const T* grad_y, GradientStrides grad, const float* kept_dz, T* grad_x, int64_t rows,
+                   int64_t length, BackwardConstants k) {
   for (int64_t r = rows - 1; r >= 0; --r) {
     const Pair center = broadcast_pair(k.center[r]), rstd = broadcast_pair(k.rstd[r]);
     const Pair offset = broadcast_pair(k.offset[r]);
@@ -128,18 +129,25 @@ void backward_rows(const T* x, const T* grad_y, GradientStrides grad, T* grad_x,
     const Pair a = broadcast_pair(k.a[r]), b = broadcast_pair(k.b[r]), c = broadcast_pair(k.c[r]);
     for_steps(length, [&](int64_t i, auto lanes) {
       const Pair xhat = (load(x + r * length + i, lanes) - center) * rstd + offset;
-      const T* at_grad = grad_y + r * grad.channel + i * grad.spatial;
-      const Pair dz = grad_z<kSilu>(load_gradient(at_grad, grad.spatial, lanes), xhat * weight + bias);
+      Pair dz;
+      if constexpr (kKept) {
+        dz = load_floats<T>(kept_dz + r * length + i, lanes);
+      } else {
+        const T* at_grad = grad_y + r * grad.channel + i * grad.spatial;
+        dz = grad_z<kSilu>(load_gradient(at_grad, grad.spatial, lanes), xhat * weight + bias);
+      }
       store(grad_x + r * length + i, a * dz - b - c * xhat, lanes);
     });
   }
 }
 
 template <typename T>
-void backward_rows(const void* x, const void* grad_y, GradientStrides grad, void* grad_x, int64_t rows, int64_t length,
-                   BackwardConstants k, bool silu) {
-  auto run = silu ? backward_rows<T, true> : backward_rows<T, false>;
-  run((const T*)x, (const T*)grad_y, grad, (T*)grad_x, rows, length, k);
+void backward_rows(const void* x, const void* grad_y, GradientStrides grad, const float* kept_dz, void* grad_x,
+                   int64_t rows, int64_t length, BackwardConstants k, bool silu) {
+  auto run = kept_dz ? backward_rows<T, true, true>
+             : silu  ? backward_rows<T, true, false>
+                     : backward_rows<T, false, false>;
+  run((const T*)x, (const T*)grad_y, grad, kept_dz, (T*)grad_x, rows, length, k);
 }
 
 // ---- channels last --------------------------------------------------------------------------------------------------
@@ -234,43 +242,48 @@ void forward_pixels(const void* x, int64_t row_stride, void* y, int64_t rows, in
 }
 
 template <typename T, bool kSilu>
-void backward_sums_pixels(const T* x, int64_t row_stride, const T* grad_y, GradientStrides grad, int64_t rows,
-                          int64_t C, BackwardConstants k, double* sums) {
-  for_strips(rows, [&](int64_t begin, int64_t end) {
-    for_steps(C, [&](int64_t c, auto lanes) {
-      const Pair center = load_floats<T>(k.center + c, lanes), rstd = load_floats<T>(k.rstd + c, lanes);
-      const Pair offset = load_floats<T>(k.offset + c, lanes);
-      const Pair weight = load_floats<T>(k.weight + c, lanes), bias = load_floats<T>(k.bias + c, lanes);
-      Pair s[3] = {};
-      for (int64_t r = begin; r < end; ++r) {
-        const T* at_grad = grad_y + r * grad.spatial + c * grad.channel;
-        prefetch_next_strip(x + r * row_stride + c, row_stride);
-        prefetch_next_strip(at_grad, grad.spatial);
-        const Pair xhat = (load(x + r * row_stride + c, lanes) - center) * rstd + offset;
-        const Pair dz = grad_z<kSilu>(load_gradient(at_grad, grad.channel, lanes), xhat * weight + bias);
-        s[0] = s[0] + dz;
-        s[1] = s[1] + dz * xhat;
-        s[2] = s[2] + xhat;
-      }
-      for (int i = 0; i < 3; ++i) {
-        float strip[kStep];
-        store_floats<T>(strip, s[i]);
-        for (int j = 0; j < lanes.n; ++j) sums[i * C + c + j] += strip[j];
-      }
+void backward_sums_pixels(const T* x, int64_t row_stride, const T* grad_y, GradientStrides grad, float* kept_dz,
+                          int64_t rows, int64_t C, BackwardConstants k, float* scratch, double* sums) {
+  constexpr int64_t kBlock = 64;  // pixels: float32 within a block, double between them
+  for (int64_t block = 0; block < rows; block += kBlock) {
+    memset(scratch, 0, 3 * C * sizeof(float));
+    for_strips(min(kBlock, rows - block), [&](int64_t begin, int64_t end) {
+      for_steps(C, [&](int64_t c, auto lanes) {
+        const Pair center = load_floats<T>(k.center + c, lanes), rstd = load_floats<T>(k.rstd + c, lanes);
+        const Pair offset = load_floats<T>(k.offset + c, lanes);
+        const Pair weight = load_floats<T>(k.weight + c, lanes), bias = load_floats<T>(k.bias + c, lanes);
+        Pair s_dz = load_floats<T>(scratch + c, lanes), s_dz_xhat = load_floats<T>(scratch + C + c, lanes);
+        Pair s_xhat = load_floats<T>(scratch + 2 * C + c, lanes);
+        for (int64_t r = block + begin; r < block + end; ++r) {
+          const T* at_grad = grad_y + r * grad.spatial + c * grad.channel;
+          prefetch_next_strip(x + r * row_stride + c, row_stride);
+          prefetch_next_strip(at_grad, grad.spatial);
+          const Pair xhat = (load(x + r * row_stride + c, lanes) - center) * rstd + offset;
+          const Pair dz = grad_z<kSilu>(load_gradient(at_grad, grad.channel, lanes), xhat * weight + bias);
+          if (kept_dz) store_floats<T>(kept_dz + r * C + c, dz, lanes);
+          s_dz = s_dz + dz;
+          s_dz_xhat = s_dz_xhat + dz * xhat;
+          s_xhat = s_xhat + xhat;
+        }
+        store_floats<T>(scratch + c, s_dz, lanes);
+        store_floats<T>(scratch + C + c, s_dz_xhat, lanes);
+        store_floats<T>(scratch + 2 * C + c, s_xhat, lanes);
+      });
     });
-  });
+    for (int64_t i = 0; i < 3 * C; ++i) sums[i] += scratch[i];
+  }
 }
 
 template <typename T>
-void backward_sums_pixels(const void* x, int64_t row_stride, const void* grad_y, GradientStrides grad, int64_t rows,
-                          int64_t C, BackwardConstants k, bool silu, double* sums) {
+void backward_sums_pixels(const void* x, int64_t row_stride, const void* grad_y, GradientStrides grad, float* kept_dz,
+                          int64_t rows, int64_t C, BackwardConstants k, bool silu, float* scratch, double* sums) {
   auto run = silu ? backward_sums_pixels<T, true> : backward_sums_pixels<T, false>;
-  run((const T*)x, row_stride, (const T*)grad_y, grad, rows, C, k, sums);
+  run((const T*)x, row_stride, (const T*)grad_y, grad, kept_dz, rows, C, k, scratch, sums);
 }
 
-template <typename T, bool kSilu>
-void backward_pixels(const T* x, int64_t row_stride, const T* grad_y, GradientStrides grad, T* grad_x, int64_t rows,
-                     int64_t C, BackwardConstants k) {
+template <typename T, bool kSilu, bool kKept>
+void backward_pixels(const T* x, int64_t row_stride, const T* grad_y, GradientStrides grad, const float* kept_dz,
+                     T* grad_x, int64_t rows, int64_t C, BackwardConstants k) {
   for_strips(rows, [&](int64_t begin, int64_t end) {
     for_steps(C, [&](int64_t c, auto lanes) {
       const Pair center = load_floats<T>(k.center + c, lanes), rstd = load_floats<T>(k.rstd + c, lanes);
@@ -279,11 +292,17 @@ void backward_pixels(const T* x, int64_t row_stride, const T* grad_y, GradientSt
       const Pair k_a = load_floats<T>(k.a + c, lanes), k_b = load_floats<T>(k.b + c, lanes);
       const Pair k_c = load_floats<T>(k.c + c, lanes);
       for (int64_t r = begin; r < end; ++r) {
-        const T* at_grad = grad_y + r * grad.spatial + c * grad.channel;
         prefetch_next_strip(x + r * row_stride + c, row_stride);
-        prefetch_next_strip(at_grad, grad.spatial);
         const Pair xhat = (load(x + r * row_stride + c, lanes) - center) * rstd + offset;
-        const Pair dz = grad_z<kSilu>(load_gradient(at_grad, grad.channel, lanes), xhat * weight + bias);
+        Pair dz;
+        if constexpr (kKept) {
+          prefetch_next_strip(kept_dz + r * C + c, C);
+          dz = load_floats<T>(kept_dz + r * C + c, lanes);
+        } else {
+          const T* at_grad = grad_y + r * grad.spatial + c * grad.channel;
+          prefetch_next_strip(at_grad, grad.spatial);
+          dz = grad_z<kSilu>(load_gradient(at_grad, grad.channel, lanes), xhat * weight + bias);
+        }
         store(grad_x + r * C + c, k_a * dz - k_b - k_c * xhat, lanes);
       }
     });
@@ -291,10 +310,12 @@ void backward_pixels(const T* x, int64_t row_stride, const T* grad_y, GradientSt
 }
 
 template <typename T>
-void backward_pixels(const void* x, int64_t row_stride, const void* grad_y, GradientStrides grad, void* grad_x,
-                     int64_t rows, int64_t C, BackwardConstants k, bool silu) {
-  auto run = silu ? backward_pixels<T, true> : backward_pixels<T, false>;
-  run((const T*)x, row_stride, (const T*)grad_y, grad, (T*)grad_x, rows, C, k);
+void backward_pixels(const void* x, int64_t row_stride, const void* grad_y, GradientStrides grad, const float* kept_dz,
+                     void* grad_x, int64_t rows, int64_t C, BackwardConstants k, bool silu) {
+  auto run = kept_dz ? backward_pixels<T, true, true>
+             : silu  ? backward_pixels<T, true, false>
+                     : backward_pixels<T, false, false>;
+  run((const T*)x, row_stride, (const T*)grad_y, grad, kept_dz, (T*)grad_x, rows, C, k);
 }
 
 template <typename T>

@@ -41,10 +41,11 @@ struct GroupNormSiluKernels {
   // y = silu(z), the last row first: its x is what the moments left in cache.
   void (*forward_rows)(const void* x, void* y, int64_t rows, int64_t length, ForwardConstants k, bool silu);
   // sums: sum(dz), sum(dz * xhat), sum(xhat) per channel, each `sums_stride` after the other; overwritten.
-  void (*backward_sums_rows)(const void* x, const void* grad_y, GradientStrides grad, int64_t rows, int64_t length,
-                             BackwardConstants k, bool silu, double* sums, int64_t sums_stride);
-  void (*backward_rows)(const void* x, const void* grad_y, GradientStrides grad, void* grad_x, int64_t rows,
-                        int64_t length, BackwardConstants k, bool silu);
+  // kept_dz: where dz is kept from the sums for grad_x, dense like grad_x, which it may be; null to compute it twice.
+  void (*backward_sums_rows)(const void* x, const void* grad_y, GradientStrides grad, float* kept_dz, int64_t rows,
+                             int64_t length, BackwardConstants k, bool silu, double* sums, int64_t sums_stride);
+  void (*backward_rows)(const void* x, const void* grad_y, GradientStrides grad, const float* kept_dz, void* grad_x,
+                        int64_t rows, int64_t length, BackwardConstants k, bool silu);
 
   // Channels last: `rows` pixels, row_stride apart, of C channels each; y and grad_x are dense.
   // moments[g] are overwritten; scratch holds 3 * C floats. At most a few hundred pixels at a time.
@@ -52,11 +53,12 @@ struct GroupNormSiluKernels {
                          float* scratch, Moments* moments);
   void (*forward_pixels)(const void* x, int64_t row_stride, void* y, int64_t rows, int64_t C, ForwardConstants k,
                          bool silu);
-  // sums: (3, C), added to.
+  // sums: (3, C), added to; scratch holds 3 * C floats.
   void (*backward_sums_pixels)(const void* x, int64_t row_stride, const void* grad_y, GradientStrides grad,
-                               int64_t rows, int64_t C, BackwardConstants k, bool silu, double* sums);
-  void (*backward_pixels)(const void* x, int64_t row_stride, const void* grad_y, GradientStrides grad, void* grad_x,
-                          int64_t rows, int64_t C, BackwardConstants k, bool silu);
+                               float* kept_dz, int64_t rows, int64_t C, BackwardConstants k, bool silu, float* scratch,
+                               double* sums);
+  void (*backward_pixels)(const void* x, int64_t row_stride, const void* grad_y, GradientStrides grad,
+                          const float* kept_dz, void* grad_x, int64_t rows, int64_t C, BackwardConstants k, bool silu);
 };
 
 inline void combine(Moments& total, const Moments& part) {

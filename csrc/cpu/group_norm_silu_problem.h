@@ -92,7 +92,7 @@ inline Tensor new_floats(std::initializer_list<int64_t> sizes) {
 inline Tensor new_output(const Tensor& x) {
   Tensor y = torch::stable::empty_like(x);
 #if defined(__linux__)
-  constexpr uintptr_t kMapped = 32u << 20, kPage = 4096;
+  constexpr uintptr_t kMapped = 4u << 20, kPage = 4096;
   const uintptr_t size = static_cast<uintptr_t>(y.numel()) * y.element_size();
   if (size >= kMapped) {
     const uintptr_t begin = (reinterpret_cast<uintptr_t>(y.mutable_data_ptr()) + kPage - 1) & ~(kPage - 1);

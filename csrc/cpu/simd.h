@@ -225,11 +225,21 @@ static inline void for_steps(int64_t length, const Body& body) {
 // ---- functions ------------------------------------------------------------------------------------------------------
 
 static inline float sum(Pair v) {
-  float lanes[kWidth];
-  store_vec(lanes, v.a + v.b);
-  for (int half = kWidth / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  return lanes[0];
+  const Vec both = v.a + v.b;
+#if defined(__AVX2__)
+#if defined(__AVX512F__)
+  const __m512d bits = (__m512d)both;
+  const __m256 low = (__m256)_mm512_maskz_extractf64x4_pd(0xF, bits, 0);
+  const __m256 half = _mm256_add_ps(low, (__m256)_mm512_maskz_extractf64x4_pd(0xF, bits, 1));
+#else
+  const __m256 half = (__m256)both;
+#endif
+  __m128 lanes = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+  lanes = _mm_add_ps(lanes, _mm_movehl_ps(lanes, lanes));
+  return _mm_cvtss_f32(_mm_add_ss(lanes, _mm_movehdup_ps(lanes)));
+#else
+  return (both[0] + both[2]) + (both[1] + both[3]);
+#endif
 }
 
 // Between the two; a NaN becomes one of them.
