@@ -79,7 +79,7 @@ struct Backward {
 
   void contiguous() {
     if (p.group_per_task()) {
-      parallel_for(0, p.x.N * p.groups, p.tasks_per_thread(p.per_group * p.x.S), [&](int64_t begin, int64_t end) {
+      parallel_for(0, p.x.N * p.groups, tasks_per_thread(p.per_group * p.x.S), [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
           const int64_t n = i / p.groups, g = i % p.groups;
           contiguous_sums(n, g * p.per_group, p.per_group);
@@ -89,7 +89,7 @@ struct Backward {
       });
       return;
     }
-    const int64_t rows = p.x.N * p.x.C, grain = p.tasks_per_thread(p.x.S);
+    const int64_t rows = p.x.N * p.x.C, grain = tasks_per_thread(p.x.S);
     parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) contiguous_sums(i / p.x.C, i % p.x.C, 1);
     });
@@ -101,7 +101,7 @@ struct Backward {
 
   void channels_last() {
     const PixelTasks tasks(p);
-    const int64_t grain = p.tasks_per_thread(tasks.rows_per_task * p.x.C), total = p.x.N * tasks.per_sample;
+    const int64_t grain = tasks_per_thread(tasks.rows_per_task * p.x.C), total = p.x.N * tasks.per_sample;
     std::vector<double> parts(total * 3 * p.x.C, 0.0);
     auto at_x = [&](int64_t n, int64_t row) { return x + (n * p.x.stride.n + row * p.x.stride.s) * p.bytes; };
     auto at_grad = [&](int64_t n, int64_t row) {

@@ -4,15 +4,8 @@
 // depend on the number of threads.
 #pragma once
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
-
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 #include <algorithm>
 #include <initializer_list>
@@ -23,20 +16,14 @@
 #include "../layout.h"
 #include "capability.h"
 #include "group_norm_silu_kernel.h"
+#include "tensors.h"
 
 namespace fastdistill {
 
-using torch::headeronly::ScalarType;
-using torch::stable::parallel_for;
-using torch::stable::Tensor;
-
 constexpr int64_t kBlock = 8192;  // elements of one contiguous moments block
-constexpr int64_t kElementsPerThread = 32768;  // below this a second thread costs more than it saves
 
 inline const GroupNormSiluKernels& kernels_for(ScalarType type) {
-  const Element element = type == ScalarType::Half       ? Element::Float16
-                          : type == ScalarType::BFloat16 ? Element::BFloat16
-                                                         : Element::Float32;
+  const Element element = element_of(type);
 #if defined(__x86_64__)
   switch (cpu_capability()) {
     case Capability::Avx512:
@@ -85,24 +72,6 @@ inline Tensor new_floats(std::initializer_list<int64_t> sizes) {
   return Tensor(handle);
 }
 
-// Like x, not initialised. An output so large that malloc maps it afresh is first touched by the kernel's own stores,
-// and a page fault per 4 KiB costs several times the arithmetic (256x256x256 in float32: 35 ms with them, 9 without),
-// so the system is told that large pages will do. Smaller memory is reused by the allocator: advice would outlive the
-// tensor.
-inline Tensor new_output(const Tensor& x) {
-  Tensor y = torch::stable::empty_like(x);
-#if defined(__linux__)
-  constexpr uintptr_t kMapped = 32u << 20, kPage = 4096;
-  const uintptr_t size = static_cast<uintptr_t>(y.numel()) * y.element_size();
-  if (size >= kMapped) {
-    const uintptr_t begin = (reinterpret_cast<uintptr_t>(y.mutable_data_ptr()) + kPage - 1) & ~(kPage - 1);
-    const uintptr_t end = (reinterpret_cast<uintptr_t>(y.mutable_data_ptr()) + size) & ~(kPage - 1);
-    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a hint: a failure changes nothing
-  }
-#endif
-  return y;
-}
-
 // Everything both directions know about a call.
 struct Problem {
   Layout x;
@@ -137,9 +106,6 @@ struct Problem {
   }
 
   const float* add_of(int64_t n) const { return add ? &add[n * x.C] : nullptr; }
-  int64_t tasks_per_thread(int64_t elements_per_task) const {
-    return std::max<int64_t>(1, kElementsPerThread / std::max<int64_t>(1, elements_per_task));
-  }
   // Whole groups as tasks keep a group in cache between its sweeps; with fewer groups than threads, parts of them.
   bool group_per_task() const { return x.N * groups >= torch::stable::get_num_threads(); }
 };
@@ -179,7 +145,7 @@ struct PixelTasks {
 template <typename Body>
 void for_pixels_backwards(const Problem& p, const Body& body) {
   constexpr int64_t kPiece = 512;
-  parallel_for(0, p.x.N * p.x.S, p.tasks_per_thread(p.x.C), [&](int64_t begin, int64_t end) {
+  parallel_for(0, p.x.N * p.x.S, tasks_per_thread(p.x.C), [&](int64_t begin, int64_t end) {
     while (end > begin) {
       const int64_t n = (end - 1) / p.x.S, first = std::max({begin, n * p.x.S, end - kPiece});
       body(n, first - n * p.x.S, end - first);

@@ -601,12 +601,12 @@ def test_explain_names_the_choice_and_every_reason():
     ("x", "residual", "reason"),
     [
         (torch.randn(3, 8, dtype=torch.float64), None, "float64"),
-        (torch.randn(3, 16)[:, ::2], None, r"strides (16, 2)"),
-        (torch.randn(8, 3).T, None, "strides (1, 8)"),
+        (torch.randn(3, 16)[:, ::2], None, "strides (16, 2)"),
+        (torch.randn(8, 3).T, None, "strides (1, 3)"),
         (torch.randn(4, 3, 8).transpose(0, 1), None, "strides (8, 24, 1)"),
         (torch.randn(8).expand(3, 8), None, "strides (0, 1)"),
         (torch.randn(20).as_strided((3, 8), (4, 1)), None, "strides (4, 1)"),
-        (torch.randn(3, 8), torch.randn(8, 3).T, "residual's strides (1, 8)"),
+        (torch.randn(3, 8), torch.randn(8, 3).T, "residual's strides (1, 3)"),
     ],
     ids=["float64", "every other", "transposed", "rows permuted", "one row expanded", "overlapping", "residual"],
 )
@@ -614,7 +614,10 @@ def test_what_no_kernel_reads_is_served_by_the_reference(x, residual, reason):
     explanation = explain("layer_norm", x, residual=residual)
     assert explanation.backend == "reference"
     assert any(reason in text for text in explanation.reasons["cpu"])
-    check_against_exact(None, "cpu", x, residual, None, None)
+    y, s = ours(None)(x, residual, None, None)
+    exact_y, exact_s = in_dtype(x, residual, None, None, 1e-5, torch.float64)
+    torch.testing.assert_close(y.double(), exact_y, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(s.double(), exact_s, rtol=1e-6, atol=1e-6)
 
 
 def test_forcing_a_backend_that_cannot_serve_raises_with_its_reasons(monkeypatch):
@@ -678,7 +681,7 @@ def test_a_16_bit_input_refuses_a_float32_residual():
 
 
 def test_no_backend_is_called_with_bad_input(monkeypatch):
-    monkeypatch.setattr("fastdistill.ops.layer_norm._forward", None)
+    monkeypatch.setattr(sys.modules["fastdistill.ops.layer_norm"], "_forward", None)
     with pytest.raises(ValueError, match="weight: expected shape"):
         layer_norm(torch.ones(2, 8), torch.ones(3), backend="cpu")
 
