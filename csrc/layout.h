@@ -1,4 +1,5 @@
-// How a tensor (N, C, *spatial) is laid out, read as (N, C, S) with the spatial dimensions collapsed.
+// How a tensor is laid out: (N, C, *spatial) read as (N, C, S) with the spatial dimensions collapsed, and (..., L) read
+// as rows.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -59,6 +60,30 @@ inline Strides3 strides_of(const torch::stable::Tensor& t) {
   int64_t size = 1, stride = 1;
   STD_TORCH_CHECK(collapse_spatial(t, &size, &stride), "grad_y: its spatial dimensions cannot be walked with one stride");
   return {t.stride(0), t.stride(1), stride};
+}
+
+// (..., L) as `count` dense rows of `length` elements, `stride` apart.
+struct Rows {
+  int64_t count, length, stride;
+};
+
+// The Python side has checked that one stride walks the rows (collapse_rows in fastdistill/ops/_layout.py).
+inline Rows rows_of(const torch::stable::Tensor& t, const char* name) {
+  const int64_t last = t.dim() - 1;
+  Rows rows{1, t.size(last), t.size(last)};
+  STD_TORCH_CHECK(rows.length == 1 || t.stride(last) == 1, name, ": its rows are not dense");
+  bool first = true;
+  for (int64_t d = last - 1; d >= 0; --d) {
+    if (t.size(d) == 1) continue;
+    if (first) {
+      rows.stride = t.stride(d);
+      first = false;
+    } else {
+      STD_TORCH_CHECK(t.stride(d) == rows.stride * rows.count, name, ": its rows cannot be walked with one stride");
+    }
+    rows.count *= t.size(d);
+  }
+  return rows;
 }
 
 }  // namespace fastdistill

@@ -91,7 +91,7 @@ struct Backward {
     if (p.group_per_task()) {
       const int64_t size = p.per_group * p.x.S;
       const bool fits_in_cache = size <= kKeptElements;
-      parallel_for(0, p.x.N * p.groups, p.tasks_per_thread(size), [&](int64_t begin, int64_t end) {
+      parallel_for(0, p.x.N * p.groups, tasks_per_thread(size), [&](int64_t begin, int64_t end) {
         const auto scratch = p.bytes != sizeof(float) && fits_in_cache ? floats(size) : nullptr;
         for (int64_t i = begin; i < end; ++i) {
           const int64_t n = i / p.groups, g = i % p.groups;
@@ -103,7 +103,7 @@ struct Backward {
       });
       return;
     }
-    const int64_t rows = p.x.N * p.x.C, grain = p.tasks_per_thread(p.x.S);
+    const int64_t rows = p.x.N * p.x.C, grain = tasks_per_thread(p.x.S);
     parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) contiguous_sums(i / p.x.C, i % p.x.C, 1, dz_in_grad_x(i * p.x.S));
     });
@@ -115,7 +115,7 @@ struct Backward {
 
   void channels_last() {
     const PixelTasks tasks(p);
-    const int64_t grain = p.tasks_per_thread(tasks.rows_per_task * p.x.C), total = p.x.N * tasks.per_sample;
+    const int64_t grain = tasks_per_thread(tasks.rows_per_task * p.x.C), total = p.x.N * tasks.per_sample;
     std::vector<double> parts(total * 3 * p.x.C, 0.0);
     auto at_x = [&](int64_t n, int64_t row) { return x + (n * p.x.stride.n + row * p.x.stride.s) * p.bytes; };
     auto at_grad = [&](int64_t n, int64_t row) {

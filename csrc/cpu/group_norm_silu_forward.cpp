@@ -53,7 +53,7 @@ struct Forward {
                             add ? add + g * p.per_group : nullptr, p.bytes, block);
     };
     if (p.group_per_task()) {
-      parallel_for(0, p.x.N * p.groups, p.tasks_per_thread(p.per_group * p.x.S), [&](int64_t begin, int64_t end) {
+      parallel_for(0, p.x.N * p.groups, tasks_per_thread(p.per_group * p.x.S), [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
           const int64_t n = i / p.groups, g = i % p.groups;
           Moments total{0, 0, 0};
@@ -65,7 +65,7 @@ struct Forward {
       return;
     }
     std::vector<Moments> parts(p.x.N * p.groups * blocks.count);
-    parallel_for(0, static_cast<int64_t>(parts.size()), p.tasks_per_thread(kBlock), [&](int64_t begin, int64_t end) {
+    parallel_for(0, static_cast<int64_t>(parts.size()), tasks_per_thread(kBlock), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i)
         parts[i] = moments(i / blocks.count / p.groups, i / blocks.count % p.groups, i % blocks.count);
     });
@@ -74,14 +74,14 @@ struct Forward {
       for (int64_t block = 0; block < blocks.count; ++block) combine(total, parts[i * blocks.count + block]);
       finish_group(i / p.groups, i % p.groups, total);
     }
-    parallel_for(0, p.x.N * p.x.C, p.tasks_per_thread(p.x.S), [&](int64_t begin, int64_t end) {
+    parallel_for(0, p.x.N * p.x.C, tasks_per_thread(p.x.S), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) contiguous_rows(i / p.x.C, i % p.x.C, 1);
     });
   }
 
   void channels_last() {
     const PixelTasks tasks(p);
-    const int64_t grain = p.tasks_per_thread(tasks.rows_per_task * p.x.C);
+    const int64_t grain = tasks_per_thread(tasks.rows_per_task * p.x.C);
     std::vector<Moments> parts(p.x.N * tasks.per_sample * p.groups);
     parallel_for(0, p.x.N * tasks.per_sample, grain, [&](int64_t begin, int64_t end) {
       const auto scratch = floats(3 * p.x.C);

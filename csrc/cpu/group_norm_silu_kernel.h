@@ -3,6 +3,8 @@
 
 #include <stdint.h>
 
+#include "element.h"
+
 namespace fastdistill {
 
 // Count, mean and sum of squared deviations; two of them combine exactly (Chan, Golub and LeVeque 1983).
@@ -68,8 +70,6 @@ inline void combine(Moments& total, const Moments& part) {
   total.m2 += part.m2 + delta * delta * (total.count * part.count / count);
   total.count = count;
 }
-
-enum class Element { Float32, Float16, BFloat16 };
 
 #define FASTDISTILL_DECLARE(isa)                                \
   namespace isa {                                               \

@@ -4,39 +4,22 @@
 // depend on the number of threads.
 #pragma once
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
-
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include <algorithm>
-#include <initializer_list>
-#include <limits>
 #include <memory>
 #include <optional>
 
 #include "../layout.h"
 #include "capability.h"
+#include "floats.h"
 #include "group_norm_silu_kernel.h"
+#include "tensors.h"
 
 namespace fastdistill {
 
-using torch::headeronly::ScalarType;
-using torch::stable::parallel_for;
-using torch::stable::Tensor;
-
 constexpr int64_t kBlock = 8192;  // elements of one contiguous moments block
-constexpr int64_t kElementsPerThread = 32768;  // below this a second thread costs more than it saves
 
 inline const GroupNormSiluKernels& kernels_for(ScalarType type) {
-  const Element element = type == ScalarType::Half       ? Element::Float16
-                          : type == ScalarType::BFloat16 ? Element::BFloat16
-                                                         : Element::Float32;
+  const Element element = element_of(type);
 #if defined(__x86_64__)
   switch (cpu_capability()) {
     case Capability::Avx512:
@@ -48,59 +31,6 @@ inline const GroupNormSiluKernels& kernels_for(ScalarType type) {
   }
 #endif
   return baseline::group_norm_silu_kernels(element);
-}
-
-template <typename T>
-void widen(const void* from, int64_t stride, int64_t count, float* to) {
-  for (int64_t i = 0; i < count; ++i) {
-    const float value = static_cast<float>(static_cast<const T*>(from)[i * stride]);
-    to[i] = value == value ? value : std::numeric_limits<float>::quiet_NaN();  // see round_to_bfloat16
-  }
-}
-
-// One row of a small parameter tensor (weight, bias, add) as float32.
-inline void read_floats(const Tensor& t, int64_t offset, int64_t stride, int64_t count, float* to) {
-  const char* from = static_cast<const char*>(t.const_data_ptr()) + offset * static_cast<int64_t>(t.element_size());
-  switch (t.scalar_type()) {
-    case ScalarType::Half:
-      return widen<torch::headeronly::Half>(from, stride, count, to);
-    case ScalarType::BFloat16:
-      return widen<torch::headeronly::BFloat16>(from, stride, count, to);
-    default:
-      return widen<float>(from, stride, count, to);
-  }
-}
-
-// Not initialised: at 8x8 pixels the constants are a good part of the data.
-inline std::unique_ptr<float[]> floats(int64_t count) { return std::unique_ptr<float[]>(new float[count]); }
-
-// A dense float32 tensor. `torch::stable::new_empty` looks its op up by name: half a microsecond more each.
-inline Tensor new_floats(std::initializer_list<int64_t> sizes) {
-  int64_t strides[2] = {1, 1};
-  if (sizes.size() == 2) strides[0] = *(sizes.begin() + 1);
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides,
-                                                         aoti_torch_dtype_float32(), aoti_torch_device_type_cpu(), 0,
-                                                         &handle));
-  return Tensor(handle);
-}
-
-// Like x, not initialised. An output so large that malloc maps it afresh is first touched by the kernel's own stores,
-// and a page fault per 4 KiB costs several times the arithmetic (256x256x256 in float32: 35 ms with them, 9 without),
-// so the system is told that large pages will do. Smaller memory is reused by the allocator: advice would outlive the
-// tensor.
-inline Tensor new_output(const Tensor& x) {
-  Tensor y = torch::stable::empty_like(x);
-#if defined(__linux__)
-  constexpr uintptr_t kMapped = 4u << 20, kPage = 4096;
-  const uintptr_t size = static_cast<uintptr_t>(y.numel()) * y.element_size();
-  if (size >= kMapped) {
-    const uintptr_t begin = (reinterpret_cast<uintptr_t>(y.mutable_data_ptr()) + kPage - 1) & ~(kPage - 1);
-    const uintptr_t end = (reinterpret_cast<uintptr_t>(y.mutable_data_ptr()) + size) & ~(kPage - 1);
-    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a hint: a failure changes nothing
-  }
-#endif
-  return y;
 }
 
 // Everything both directions know about a call.
@@ -117,8 +47,8 @@ struct Problem {
         groups(groups_),
         per_group(x.C / groups_),
         bytes(static_cast<int64_t>(x_.element_size())),
-        weight(per_channel(weight_, 1.0f)),
-        bias(per_channel(bias_, 0.0f)) {
+        weight(parameter_floats(weight_, x.C, 1.0f)),
+        bias(parameter_floats(bias_, x.C, 0.0f)) {
     if (add_) {
       add = floats(x.N * x.C);
       for (int64_t n = 0; n < x.N; ++n)
@@ -126,20 +56,7 @@ struct Problem {
     }
   }
 
-  std::unique_ptr<float[]> per_channel(const std::optional<Tensor>& parameter, float absent) const {
-    auto values = floats(x.C);
-    if (parameter) {
-      read_floats(*parameter, 0, parameter->stride(0), x.C, values.get());
-    } else {
-      std::fill_n(values.get(), x.C, absent);
-    }
-    return values;
-  }
-
   const float* add_of(int64_t n) const { return add ? &add[n * x.C] : nullptr; }
-  int64_t tasks_per_thread(int64_t elements_per_task) const {
-    return std::max<int64_t>(1, kElementsPerThread / std::max<int64_t>(1, elements_per_task));
-  }
   // Whole groups as tasks keep a group in cache between its sweeps; with fewer groups than threads, parts of them.
   bool group_per_task() const { return x.N * groups >= torch::stable::get_num_threads(); }
 };
@@ -179,7 +96,7 @@ struct PixelTasks {
 template <typename Body>
 void for_pixels_backwards(const Problem& p, const Body& body) {
   constexpr int64_t kPiece = 512;
-  parallel_for(0, p.x.N * p.x.S, p.tasks_per_thread(p.x.C), [&](int64_t begin, int64_t end) {
+  parallel_for(0, p.x.N * p.x.S, tasks_per_thread(p.x.C), [&](int64_t begin, int64_t end) {
     while (end > begin) {
       const int64_t n = (end - 1) / p.x.S, first = std::max({begin, n * p.x.S, end - kPiece});
       body(n, first - n * p.x.S, end - first);

@@ -1,5 +1,6 @@
 """Drop-in modules over the fused ops."""
 
 from fastdistill.nn.group_norm_silu import GroupNormSiLU
+from fastdistill.nn.layer_norm import LayerNorm
 
-__all__ = ["GroupNormSiLU"]
+__all__ = ["GroupNormSiLU", "LayerNorm"]

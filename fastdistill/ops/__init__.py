@@ -6,6 +6,8 @@ print(explain("group_norm_silu", x, 32, weight, bias))
 """
 
 from fastdistill.ops._dispatch import BackendError, Explanation, explain
+from fastdistill.ops.geglu import geglu
 from fastdistill.ops.group_norm_silu import group_norm_silu
+from fastdistill.ops.layer_norm import layer_norm
 
-__all__ = ["BackendError", "Explanation", "explain", "group_norm_silu"]
+__all__ = ["BackendError", "Explanation", "explain", "geglu", "group_norm_silu", "layer_norm"]

@@ -1,4 +1,5 @@
-"""How a tensor (N, C, *spatial) lies in memory, read as (N, C, S). csrc/layout.h keeps the same rule."""
+"""How a tensor lies in memory: (N, C, *spatial) read as (N, C, S), and (..., L) read as rows. csrc/layout.h keeps the
+same rules."""
 
 from __future__ import annotations
 
@@ -47,3 +48,23 @@ def like(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """y with the strides of `torch.empty_like(x)`: layout in = layout out. Copies only where they differ."""
     target = torch.empty_like(x, dtype=y.dtype)
     return y if y.stride() == target.stride() else target.copy_(y)
+
+
+def collapse_rows(t: torch.Tensor) -> tuple[int, int] | None:
+    """(rows, stride) of t (..., L) read as (rows, L), each row dense; None where no single stride walks the rows."""
+    length = t.shape[-1]
+    if t.is_contiguous():  # the usual case, without walking the strides
+        return t.numel() // length, length
+    if length != 1 and t.stride(-1) != 1:
+        return None
+    rows, stride = 1, length
+    first = True
+    for size, step in zip(reversed(t.shape[:-1]), reversed(t.stride()[:-1])):
+        if size == 1:
+            continue
+        if first:
+            stride, first = step, False
+        elif step != stride * rows:
+            return None
+        rows *= size
+    return rows, stride

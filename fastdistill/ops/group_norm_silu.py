@@ -11,6 +11,7 @@ import math
 import torch
 
 from fastdistill.ops import _dispatch, _kernels
+from fastdistill.ops._autograd import needed, through_pytorch
 from fastdistill.ops._layout import collapse_spatial, layout_of, like
 
 
@@ -198,7 +199,7 @@ class _GroupNormSiLU(torch.autograd.Function):
         call = (grad_y, x, weight, bias, add, mean, rstd, *ctx.settings)
         # Under create_graph the gradients must themselves be differentiable.
         grads = _GroupNormSiLUBackward.apply(*call) if torch.is_grad_enabled() else _first_order(*call)
-        return *_needed(grads, ctx.needs_input_grad), None, None, None, None
+        return *needed(grads, ctx.needs_input_grad), None, None, None, None
 
 
 class _GroupNormSiLUBackward(torch.autograd.Function):
@@ -214,29 +215,15 @@ class _GroupNormSiLUBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grad_grads):
         num_groups, eps, silu = ctx.settings
-        create_graph = torch.is_grad_enabled()
-        with torch.enable_grad():
-            # A fresh leaf per input where nothing further will be differentiated; the graph's own tensor otherwise.
-            inputs = [
-                t if t is None or (create_graph and t.requires_grad) else t.detach().requires_grad_()
-                for t in ctx.saved_tensors
-            ]
-            grad_y, x, weight, bias, add = inputs
+
+        def gradients(grad_y, x, weight, bias, add):
             y = reference(x, num_groups, weight, bias, eps, silu=silu, add=add)
             present = [t for t in (x, weight, bias, add) if t is not None]
-            first = torch.autograd.grad(y, present, grad_y, create_graph=True)
-            by_position = iter(first)
-            first_by_position = [None if t is None else next(by_position) for t in (x, weight, bias, add)]
-            outputs, seeds = [], []
-            for gradient, seed in zip(first_by_position, grad_grads):
-                if gradient is not None and seed is not None:
-                    outputs.append(gradient)
-                    seeds.append(seed)
-            wanted = [t for t in inputs if t is not None]
-            second = torch.autograd.grad(outputs, wanted, seeds, create_graph=create_graph, allow_unused=True)
-        by_position = iter(second)
-        grads = [None if t is None else next(by_position) for t in inputs]
-        return *_needed(grads, ctx.needs_input_grad), None, None, None, None, None, None
+            found = iter(torch.autograd.grad(y, present, grad_y, create_graph=True))
+            return [None if t is None else next(found) for t in (x, weight, bias, add)]
+
+        grads = through_pytorch(gradients, ctx.saved_tensors, grad_grads)
+        return *needed(grads, ctx.needs_input_grad), None, None, None, None, None, None
 
 
 def _first_order(grad_y, x, weight, bias, add, mean, rstd, num_groups, eps, silu, backend):
@@ -261,10 +248,6 @@ def _reference_backward(grad_y, x, weight, bias, add, num_groups, eps, silu):
         grad_x, *rest = torch.autograd.grad(y, [t for t in leaves if t is not None], grad_y)
     rest = iter(rest)
     return like(grad_x, x), *(None if t is None else next(rest) for t in leaves[1:])
-
-
-def _needed(grads, needs):
-    return [g if need else None for g, need in zip(grads, needs)]
 
 
 OP = _dispatch.register(_dispatch.Op("group_norm_silu", _check, _kernels.backends(_kernel_reasons)))
