@@ -1,0 +1,73 @@
+"""Fused ops in any diffusers UNet or autoencoder, in place and reversible: `patch(model)`, `unpatch(model)`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+OPS = ("group_norm_silu", "layer_norm", "geglu")
+
+
+@dataclass(frozen=True)
+class PatchReport:
+    """What `patch` changed, with counts, and what it left, with the reason; `str()` of it is meant to be read."""
+
+    changed: dict[str, int]
+    left: dict[str, int]
+
+    def __str__(self) -> str:
+        lines = [f"{count} x {what}" for what, count in self.changed.items()] or ["nothing was changed"]
+        return "\n".join([*lines, *(f"left: {count} x {what}" for what, count in self.left.items())])
+
+
+def patch(model: torch.nn.Module, ops: Iterable[str] = OPS, *, recompute: bool = False) -> PatchReport:
+    """Let a model's modules run on the fused ops: the same numbers to rounding, in training and inference.
+
+    Modules change their class, nothing else: parameters (and an optimiser that holds them), state dict, hooks, modes
+    and names stay. A model that is patched already is restored first.
+
+    Args:
+        model: anything that holds diffusers' modules, such as `UNet2DConditionModel` or `AutoencoderKL`. Changed in
+            place.
+        ops: of "group_norm_silu" (residual blocks with their time embedding, output norms, norms in front of
+            attention), "layer_norm" (with the residual sum in front of it) and "geglu".
+        recompute: save less for the backward pass, and compute it again there: what a convolution or a linear layer
+            needs of its input is recomputed from the input of the norm or GEGLU in front of it, which is saved anyway.
+            Costs no matrix product.
+
+    Raises:
+        TypeError: `model` is not a module. ValueError: `ops` names an unknown one.
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    ops = (ops,) if isinstance(ops, str) else tuple(ops)
+    for op in ops:
+        if op not in OPS:
+            raise ValueError(f"ops: unknown op {op!r}; known: {', '.join(OPS)}")
+    from fastdistill.nn import sites  # imports diffusers
+
+    unpatch(model)
+    changed: Counter[str] = Counter()
+    left: Counter[str] = Counter()
+    for site in sites.find(model, ops, recompute):
+        if site.reason:
+            left[f"{site.what}: {site.reason}"] += 1
+        else:
+            changed[site.what] += 1
+            for module, patched in site.classes.items():
+                module.__class__ = patched
+    return PatchReport(dict(changed), dict(left))
+
+
+def unpatch(model: torch.nn.Module) -> int:
+    """Give every module that `patch` changed its own class back; returns how many there were."""
+    count = 0
+    for module in model.modules():
+        replaced = type(module).__dict__.get("replaces")
+        if replaced is not None:
+            module.__class__ = replaced
+            count += 1
+    return count
