@@ -36,7 +36,7 @@ RUNTIME_SIZES = ["rows", "column_tiles"]
 def _normal(g):
     """Phi(g) and exp(-g^2 / 2), of which the density is 1 / sqrt(2 pi).
 
-    Phi(-a) = exp(-a^2 / 2) R(a) for a >= 0, where R(a) = erfcx(a / sqrt(2)) / 2 is a polynomial in t = 1 / (1 + 0.305 a)
+    Phi(-a) = exp(-a^2 / 2) R(a) for a >= 0; R(a) = erfcx(a / sqrt(2)) / 2 is a polynomial in t = 1 / (1 + 0.305 a)
     without a constant term (the form of Hastings, 1955), fitted for the smallest largest relative error on [0, 14]:
     9.4e-8. So a far tail keeps its digits, where 1 + erf(g / sqrt(2)) has none below -5, and one exponential serves
     both.
