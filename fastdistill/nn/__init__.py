@@ -1,5 +1,6 @@
 """Drop-in modules over the fused ops."""
 
+from fastdistill.nn.geglu import GEGLU
 from fastdistill.nn.group_norm_silu import GroupNormSiLU
 
-__all__ = ["GroupNormSiLU"]
+__all__ = ["GEGLU", "GroupNormSiLU"]
