@@ -1,8 +1,8 @@
 """GEGLU: the first half of the last dimension times the GELU of the second. Forward, backward and higher derivatives.
 
-GELU in its exact form, g Phi(g) with the normal distribution function Phi: Hendrycks and Gimpel, arXiv 1606.08415, eq. 1.
-GEGLU: Shazeer, arXiv 2002.05202, eq. 6. It is what diffusers' `GEGLU` computes behind its projection, in the feed-forward
-of every transformer block of a UNet.
+GELU in its exact form, g Phi(g) with the normal distribution function Phi: Hendrycks and Gimpel, arXiv 1606.08415.
+GEGLU: Shazeer, arXiv 2002.05202, eq. 6. It is what diffusers' `GEGLU` computes behind its projection, in the
+feed-forward of every transformer block of a UNet.
 """
 
 from __future__ import annotations

@@ -197,9 +197,7 @@ class _GroupNormSiLU(torch.autograd.Function):
     def backward(ctx, grad_y):
         x, weight, bias, add, mean, rstd = ctx.saved_tensors
         call = (grad_y, x, weight, bias, add, mean, rstd, *ctx.settings)
-        # Under create_graph the gradients must themselves be differentiable.
-        grads = _GroupNormSiLUBackward.apply(*call) if torch.is_grad_enabled() else _first_order(*call)
-        return *needed(grads, ctx.needs_input_grad), None, None, None, None
+        return *needed(gradients(*call), ctx.needs_input_grad), None, None, None, None
 
 
 class _GroupNormSiLUBackward(torch.autograd.Function):
@@ -216,18 +214,32 @@ class _GroupNormSiLUBackward(torch.autograd.Function):
     def backward(ctx, *grad_grads):
         num_groups, eps, silu = ctx.settings
 
-        def gradients(grad_y, x, weight, bias, add):
+        def first_order(grad_y, x, weight, bias, add):
             y = reference(x, num_groups, weight, bias, eps, silu=silu, add=add)
             present = [t for t in (x, weight, bias, add) if t is not None]
             found = iter(torch.autograd.grad(y, present, grad_y, create_graph=True))
             return [None if t is None else next(found) for t in (x, weight, bias, add)]
 
-        grads = through_pytorch(gradients, ctx.saved_tensors, grad_grads)
+        grads = through_pytorch(first_order, ctx.saved_tensors, grad_grads)
         return *needed(grads, ctx.needs_input_grad), None, None, None, None, None, None
 
 
+def forward(x, weight, bias, add, num_groups, eps, silu, backend):
+    """(y, mean, rstd) on `backend`, outside autograd; the reference has no statistics to keep: None."""
+    if backend == _dispatch.REFERENCE:
+        return reference(x, num_groups, weight, bias, eps, silu=silu, add=add), None, None
+    return _forward(backend)(x, num_groups, weight, bias, add, eps, silu)
+
+
+def gradients(grad_y, x, weight, bias, add, mean, rstd, num_groups, eps, silu, backend):
+    """Those of x, weight, bias and add (None where there is none) on `backend`, given what `forward` returned."""
+    call = (grad_y, x, weight, bias, add, mean, rstd, num_groups, eps, silu, backend)
+    # Under create_graph the gradients must themselves be differentiable.
+    return _GroupNormSiLUBackward.apply(*call) if torch.is_grad_enabled() else _first_order(*call)
+
+
 def _first_order(grad_y, x, weight, bias, add, mean, rstd, num_groups, eps, silu, backend):
-    if collapse_spatial(grad_y) is None:
+    if backend == _dispatch.REFERENCE or collapse_spatial(grad_y) is None:
         return _reference_backward(grad_y, x, weight, bias, add, num_groups, eps, silu)
     grad_x, grad_weight, grad_bias, grad_add = _backward(backend)(
         grad_y, x, num_groups, weight, bias, add, mean, rstd, silu

@@ -79,7 +79,7 @@ def test_a_far_negative_gate_keeps_its_digits(backend, device):
     wide = gate.double()
     cdf = 0.5 * torch.erfc(-wide / 2**0.5)
     slope = cdf + wide * torch.exp(-0.5 * wide * wide) / (2 * torch.pi) ** 0.5
-    limit = 3e-7 * (2 + wide * wide)  # the exponential's own: its argument is rounded
+    limit = 4e-7 * (2 + wide * wide)  # the exponential's own: its argument is rounded
     assert ((y.cpu() / (wide * cdf) - 1).abs() < limit).all()
     assert torch.equal(y, grad_x[: len(gate)])
     assert ((grad_x[len(gate) :].cpu() - slope).abs() < limit * (slope.abs() + cdf)).all()
@@ -289,13 +289,14 @@ def test_compiles_into_one_graph_with_dynamic_shapes(backend, device):
 
 @pytest.mark.parametrize(("backend", "device"), [b for b in BACKENDS if b.id in ("cpu", "triton", "cuda")])
 def test_the_compiled_backward_is_the_kernel_s(backend, device):
+    from functorch.compile import make_boxed_func
     from torch._dynamo.backends.common import aot_autograd
 
     called = set()
 
     def collect(graph, _):
         called.update(str(node.target) for node in graph.graph.nodes)
-        return graph
+        return make_boxed_func(graph)
 
     x = make((4, 16), torch.float32, device).requires_grad_()
     compiled = torch.compile(
