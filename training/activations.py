@@ -15,7 +15,8 @@ from torch.utils._pytree import tree_leaves
 class SavedTensors:
     """Counts the memory that stays alive between the forward and the backward pass, each storage once.
 
-    Use as a context around the forward pass. What the network owns anyway (`owned`: parameters, buffers) is not counted.
+    Use as a context around the forward pass. What the network owns anyway (`owned`: parameters, buffers) is not
+    counted.
     """
 
     def __init__(self, owned: Iterable[torch.Tensor] = ()) -> None:

@@ -56,10 +56,16 @@ class PatchedResnetBlock2D(ResnetBlock2D):
     replaces = ResnetBlock2D
 
     def forward(self, input_tensor: Tensor, temb: Tensor | None = None, *_: object, **__: object) -> Tensor:
-        h = self.conv1(self.norm1(input_tensor))
-        h = self.conv2(self.dropout(self.norm2(h, self._time(temb))))
+        h = self._norm1_conv1(input_tensor)
+        h = self._norm2_conv2(h, self._time(temb))
         x = input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor)
         return x + h if self.output_scale_factor == 1 else (x + h) / self.output_scale_factor
+
+    def _norm1_conv1(self, x: Tensor) -> Tensor:
+        return self.conv1(self.norm1(x))
+
+    def _norm2_conv2(self, x: Tensor, time: Tensor | None) -> Tensor:
+        return self.conv2(self.dropout(self.norm2(x, time)))
 
     def _time(self, temb: Tensor | None) -> Tensor | None:
         """(B, C) what every pixel gets in front of norm2."""
@@ -85,7 +91,8 @@ class PatchedTransformerBlock(BasicTransformerBlock):
         added_cond_kwargs: dict[str, Tensor] | None = None,
     ) -> Tensor:
         if cross_attention_kwargs or self._chunk_size is not None:
-            return super().forward(
+            return BasicTransformerBlock.forward(
+                self,
                 hidden_states,
                 attention_mask,
                 encoder_hidden_states,

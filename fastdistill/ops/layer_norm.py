@@ -181,8 +181,8 @@ class _LayerNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, residual, weight, bias, eps, backend):
-        y, s, mean, rstd = _forward(backend)(x, residual, weight, bias, eps)
-        ctx.save_for_backward(x if residual is None else s, weight, mean, rstd)
+        y, s, mean, rstd = forward(x, residual, weight, bias, eps, backend)
+        ctx.save_for_backward(s, weight, mean, rstd)
         ctx.settings = (eps, backend)
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.set_materialize_grads(False)
@@ -195,13 +195,34 @@ class _LayerNorm(torch.autograd.Function):
         s, weight, mean, rstd = ctx.saved_tensors
         parameters = any(ctx.needs_input_grad[2:4])
         call = (grad_y, grad_s, s, weight, mean, rstd, parameters, *ctx.settings)
-        # Under create_graph the gradients must themselves be differentiable.
-        first_order = _LayerNormBackward.apply if torch.is_grad_enabled() else _first_order
-        grad_x, grad_weight, grad_bias = first_order(*call)
-        if parameters:
-            grad_weight = None if weight is None else grad_weight.to(weight.dtype)
-            grad_bias = None if ctx.bias_dtype is None else grad_bias.to(ctx.bias_dtype)
+        grad_x, grad_weight, grad_bias = gradients(*call, bias_dtype=ctx.bias_dtype)
         return *needed((grad_x, grad_x, grad_weight, grad_bias), ctx.needs_input_grad), None, None
+
+
+def forward(x, residual, weight, bias, eps, backend):
+    """(y, s, mean, rstd) on `backend`, outside autograd; the reference has no statistics to keep: None."""
+    if backend == _dispatch.REFERENCE:
+        y = reference(x, weight, bias, eps, residual=residual)
+        return (y, x, None, None) if residual is None else (*y, None, None)
+    y, s, mean, rstd = _forward(backend)(x, residual, weight, bias, eps)
+    return y, x if residual is None else s, mean, rstd
+
+
+def gradients(grad_y, grad_s, s, weight, mean, rstd, parameters, eps, backend, *, bias_dtype):
+    """Those of s, weight and bias on `backend`, given what `forward` returned; of s alone without `parameters`.
+
+    bias_dtype: None where there is no bias.
+    """
+    # Under create_graph the gradients must themselves be differentiable.
+    first_order = _LayerNormBackward.apply if torch.is_grad_enabled() else _first_order
+    grad_x, grad_weight, grad_bias = first_order(grad_y, grad_s, s, weight, mean, rstd, parameters, eps, backend)
+    if not parameters:
+        return grad_x, None, None
+    return (
+        grad_x,
+        None if weight is None else grad_weight.to(weight.dtype),
+        None if bias_dtype is None else grad_bias.to(bias_dtype),
+    )
 
 
 class _LayerNormBackward(torch.autograd.Function):
@@ -224,7 +245,7 @@ class _LayerNormBackward(torch.autograd.Function):
 
 
 def _first_order(grad_y, grad_s, s, weight, mean, rstd, parameters, eps, backend):
-    if any(g is not None and collapse_rows(g) is None for g in (grad_y, grad_s)):
+    if backend == _dispatch.REFERENCE or any(g is not None and collapse_rows(g) is None for g in (grad_y, grad_s)):
         return _reference_backward(grad_y, grad_s, s, weight, parameters, eps)
     grad_x, *per_column = _backward(backend)(grad_y, grad_s, s, weight, mean, rstd, parameters)
     return grad_x, *(per_column if parameters else (None, None))

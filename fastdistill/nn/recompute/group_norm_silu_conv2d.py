@@ -1,73 +1,12 @@
-"""A fused op and the layer behind it as one step of autograd, which does not keep what passes between them.
-
-A layer keeps its input for the gradient of its weight. Here that input is the result of a pointwise op over a tensor
-that is kept anyway, so the backward computes it again: one more pass over memory, no matrix product, and the same bits.
-
-Each backward is written in differentiable calls, so derivatives of every order exist.
-"""
+"""GroupNorm + SiLU and the convolution behind them, which does not keep its input."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 
-from fastdistill.ops import _dispatch, geglu, group_norm_silu
-from fastdistill.ops.geglu import OP as GEGLU
-from fastdistill.ops.geglu import gradient as geglu_gradient
-from fastdistill.ops.group_norm_silu import OP as GROUP_NORM_SILU
-from fastdistill.ops.group_norm_silu import forward as group_norm_silu_forward
-from fastdistill.ops.group_norm_silu import gradients as group_norm_silu_gradients
-
-
-def geglu_linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, backend: str | None = None
-) -> torch.Tensor:
-    """`F.linear(geglu(x), weight, bias)`, keeping x (..., 2D) and the weight, but not the product (..., D).
-
-    Args:
-        x: as in `fastdistill.ops.geglu`.
-        weight, bias: (out, D) and (out,), as in `F.linear`; under autocast they are cast as there.
-        backend: of `fastdistill.ops.geglu`.
-
-    Returns:
-        (..., out).
-
-    Raises:
-        What `fastdistill.ops.geglu` and `F.linear` raise.
-    """
-    GEGLU.check(x)
-    chosen = _dispatch.select(GEGLU, backend, x)
-    if torch.is_grad_enabled() and weight.requires_grad:
-        return _GegluLinear.apply(x, weight, bias, chosen)
-    # For the gradient of x alone a linear layer does not keep its input.
-    return F.linear(geglu(x, backend=chosen), weight, bias)
-
-
-class _GegluLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight, bias, backend):
-        ctx.save_for_backward(x, weight)
-        ctx.backend = backend
-        y = F.linear(geglu(x, backend=backend), weight, bias)
-        ctx.dtypes = (y.dtype, None if bias is None else bias.dtype)
-        return y
-
-    @staticmethod
-    def backward(ctx, grad_y):
-        x, weight = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
-        dtype, bias_dtype = ctx.dtypes  # autocast's where it was on
-        grad_x = grad_weight = grad_bias = None
-        rows = grad_y.reshape(-1, grad_y.shape[-1])
-        if needs_x:
-            grad_product = rows.mm(weight.to(dtype)).reshape(*x.shape[:-1], weight.shape[1])
-            grad_x = geglu_gradient(grad_product.to(x.dtype), x, ctx.backend)
-        if needs_weight:
-            product = geglu(x, backend=ctx.backend).to(dtype)
-            grad_weight = rows.t().mm(product.reshape(-1, weight.shape[1])).to(weight.dtype)
-        if needs_bias:
-            grad_bias = rows.sum(0).to(bias_dtype)
-        return grad_x, grad_weight, grad_bias, None
+from fastdistill.ops import _dispatch, group_norm_silu
+from fastdistill.ops.group_norm_silu import OP, forward, gradients
 
 
 def group_norm_silu_conv2d(
@@ -106,13 +45,13 @@ def group_norm_silu_conv2d(
         ValueError: x is not (N, C, H, W). TypeError: padding is a word.
         And what `fastdistill.ops.group_norm_silu` and `F.conv2d` raise.
     """
-    GROUP_NORM_SILU.check(x, num_groups, norm_weight, norm_bias, eps, silu=silu, add=add)
+    OP.check(x, num_groups, norm_weight, norm_bias, eps, silu=silu, add=add)
     if x.dim() != 4:
         raise ValueError(f"x: expected (N, C, H, W), got shape {tuple(x.shape)}")
     if isinstance(padding, str):
         raise TypeError(f"padding: expected an int or a pair of them, got {padding!r}")
     norm = (num_groups, eps, silu)
-    chosen = _dispatch.select(GROUP_NORM_SILU, backend, x, num_groups, norm_weight, norm_bias, eps, silu=silu, add=add)
+    chosen = _dispatch.select(OP, backend, x, num_groups, norm_weight, norm_bias, eps, silu=silu, add=add)
     convolution = (_pair(stride), _pair(padding), _pair(dilation), groups)
     if x.shape[0] == 0 or not torch.is_grad_enabled():
         z = group_norm_silu(x, num_groups, norm_weight, norm_bias, eps, silu=silu, add=add, backend=chosen)
@@ -128,7 +67,7 @@ def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
 class _GroupNormSiLUConv2d(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, norm_weight, norm_bias, add, conv_weight, conv_bias, norm, convolution, backend):
-        z, mean, rstd = group_norm_silu_forward(x, norm_weight, norm_bias, add, *norm, backend)
+        z, mean, rstd = forward(x, norm_weight, norm_bias, add, *norm, backend)
         y = F.conv2d(z, conv_weight, conv_bias, *convolution)
         ctx.save_for_backward(x, norm_weight, norm_bias, add, mean, rstd, conv_weight)
         ctx.settings = (norm, convolution, backend)
@@ -162,9 +101,7 @@ class _GroupNormSiLUConv2d(torch.autograd.Function):
         )
         grads = (None,) * 4
         if any(needs_norm):
-            grads = group_norm_silu_gradients(
-                grad_z.to(x.dtype), x, norm_weight, norm_bias, add, mean, rstd, *norm, backend
-            )
+            grads = gradients(grad_z.to(x.dtype), x, norm_weight, norm_bias, add, mean, rstd, *norm, backend)
         return (
             *(g if need else None for g, need in zip(grads, needs_norm)),
             grad_weight.to(conv_weight.dtype) if needs_weight else None,

@@ -1,0 +1,117 @@
+"""The classes of `fastdistill.nn.patched` that keep less for the backward pass (`patch(model, recompute=True)`).
+
+Where a norm or GEGLU feeds plain layers, they run as one step of `fastdistill.nn.recompute`. A layer that somebody has
+hooks on or has replaced (by a LoRA layer, say) is called as the module it is.
+"""
+
+from __future__ import annotations
+
+import torch
+from diffusers.models.attention import FeedForward
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastdistill.nn.patched import (
+    PatchedGEGLU,
+    PatchedGroupNorm,
+    PatchedGroupNormSiLU,
+    PatchedResnetBlock2D,
+    PatchedTransformerBlock,
+)
+from fastdistill.nn.recompute import geglu_linear, group_norm_silu_conv2d, layer_norm_linears
+
+
+def is_plain(module: torch.nn.Module, kind: type) -> bool:
+    """Whether the module is of this very class and may be computed without being called."""
+    hooks = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
+    return type(module) is kind and "forward" not in module.__dict__ and not any(hooks)
+
+
+def is_plain_convolution(module: torch.nn.Module) -> bool:
+    return is_plain(module, torch.nn.Conv2d) and module.padding_mode == "zeros" and not isinstance(module.padding, str)
+
+
+def norm_conv(norm: PatchedGroupNorm, conv: torch.nn.Conv2d, x: Tensor, add: Tensor | None = None) -> Tensor:
+    """`conv(norm(x, add))` of plain modules, without keeping what is between them."""
+    return group_norm_silu_conv2d(
+        x,
+        norm.num_groups,
+        norm.weight,
+        norm.bias,
+        norm.eps,
+        conv.weight,
+        conv.bias,
+        conv.stride,
+        conv.padding,
+        conv.dilation,
+        conv.groups,
+        silu=norm.silu,
+        add=add,
+    )
+
+
+class RecomputedResnetBlock2D(PatchedResnetBlock2D):
+    def _norm1_conv1(self, x: Tensor) -> Tensor:
+        if is_plain(self.norm1, PatchedGroupNormSiLU) and is_plain_convolution(self.conv1):
+            return norm_conv(self.norm1, self.conv1, x)
+        return super()._norm1_conv1(x)
+
+    def _norm2_conv2(self, x: Tensor, time: Tensor | None) -> Tensor:
+        dropout = self.training and self.dropout.p > 0
+        if not dropout and is_plain(self.norm2, PatchedGroupNormSiLU) and is_plain_convolution(self.conv2):
+            return norm_conv(self.norm2, self.conv2, x, time)
+        return super()._norm2_conv2(x, time)
+
+
+class DeferredGroupNorm(PatchedGroupNorm):
+    """Leaves its input as it is: the convolution behind it (`NormedConv2d`) applies it."""
+
+    def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
+        return x
+
+
+class DeferredGroupNormSiLU(DeferredGroupNorm):
+    silu = True
+
+
+class NormedConv2d(torch.nn.Conv2d):
+    """A convolution that applies the norm in front of it, `deferred_norm`, itself."""
+
+    replaces = torch.nn.Conv2d
+
+    def forward(self, x: Tensor) -> Tensor:
+        return norm_conv(self.deferred_norm, self, x)
+
+
+class RecomputedFeedForward(FeedForward):
+    """GEGLU and the linear layer behind it, which does not keep their product."""
+
+    replaces = FeedForward
+
+    def forward(self, hidden_states: Tensor, *_: object, **__: object) -> Tensor:
+        return self.after_projection(self.net[0].proj(hidden_states)) if self.is_plain() else super().forward(hidden_states)
+
+    def is_plain(self) -> bool:
+        """Whether GEGLU, dropout and linear layer may be computed without being called."""
+        activation, dropout, linear = self.net[:3]
+        return (
+            is_plain(activation, PatchedGEGLU)
+            and not (self.training and dropout.p > 0)
+            and is_plain(linear, torch.nn.Linear)
+        )
+
+    def after_projection(self, projected: Tensor) -> Tensor:
+        linear = self.net[2]
+        out = geglu_linear(projected, linear.weight, linear.bias)
+        for module in self.net[3:]:
+            out = module(out)
+        return out
+
+
+class RecomputedTransformerBlock(PatchedTransformerBlock):
+    """Neither the inputs of the projections behind each LayerNorm are kept nor the product of the GEGLU."""
