@@ -37,7 +37,7 @@ class DirectAttention(torch.nn.Module):
     call (some 30 microseconds).
 
     Args:
-        attention: an `Attention` for which `why_not` has nothing to say.
+        attention: an `Attention` for which `why_not_direct` has nothing to say.
         cross: keys and values come from the context; otherwise from the tokens themselves.
     """
 
@@ -96,22 +96,6 @@ class DirectTransformer(torch.nn.Module):
         for block in self.transformer_blocks:
             tokens = block(tokens, encoder_hidden_states=encoder_hidden_states)
         return (x + _to_image(self.proj_out(tokens), x),)
-
-
-def why_not(attention) -> str | None:
-    """Why an `Attention` cannot be written as `DirectAttention`; None when it can."""
-    processor = type(attention.processor).__name__
-    if processor != "AttnProcessor2_0":
-        return f"its processor is {processor}"
-    for extra in ("spatial_norm", "norm_q", "norm_k", "norm_cross", "add_k_proj"):
-        if getattr(attention, extra, None) is not None:
-            return f"it has {extra}"
-    projections = (attention.to_q, attention.to_k, attention.to_v)
-    if any(type(projection) is not torch.nn.Linear for projection in projections):
-        return "its projections are not plain linear layers"
-    if len({projection.out_features for projection in projections}) != 1:
-        return "its keys have another width than its queries"
-    return None
 
 
 def _to_tokens(x: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ class ResidualBlock(torch.nn.Module):
     """
 
     def __init__(self, block) -> None:
-        """From a `ResnetBlock2D` for which `why_not` has nothing to say."""
+        """From a `ResnetBlock2D` for which `why_not_residual` has nothing to say."""
         super().__init__()
         self.norm1, self.norm2 = SeparateNormSiLU(block.norm1), SeparateNormSiLU(block.norm2)
         self.conv1, self.conv2, self.conv_shortcut = block.conv1, block.conv2, block.conv_shortcut
@@ -48,17 +48,3 @@ class ResidualBlock(torch.nn.Module):
     def project_time(self, temb: Tensor) -> Tensor:
         """(B, C) what the time embedding (B, D) adds to every pixel after conv1."""
         return self.time_emb_proj(F.silu(temb) if self.activate_time else temb)
-
-
-def why_not(block) -> str | None:
-    """Why a `ResnetBlock2D` cannot be written as a `ResidualBlock`; None when it can."""
-    if not isinstance(block.nonlinearity, torch.nn.SiLU):
-        return f"its activation is {type(block.nonlinearity).__name__}, not SiLU"
-    # The VAE's blocks say "group" and have no time embedding at all.
-    if block.time_embedding_norm != "default" and block.time_emb_proj is not None:
-        return f"time_embedding_norm={block.time_embedding_norm!r} does not add the embedding before norm2"
-    if block.upsample is not None or block.downsample is not None:
-        return "it resamples between norm1 and conv1"
-    if not all(isinstance(norm, torch.nn.GroupNorm) for norm in (block.norm1, block.norm2)):
-        return "its norms are not GroupNorm"
-    return None

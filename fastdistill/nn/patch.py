@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 OPS = ("group_norm_silu", "layer_norm", "geglu")
+_DEFERRED_NORM = "deferred_norm"
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,8 @@ def patch(model: torch.nn.Module, ops: Iterable[str] = OPS, *, recompute: bool =
             changed[site.what] += 1
             for module, patched in site.classes.items():
                 module.__class__ = patched
+            for conv, norm in site.deferred_norms.items():
+                conv.__dict__[_DEFERRED_NORM] = norm  # not as a submodule: it keeps its place and its name
     return PatchReport(dict(changed), dict(left))
 
 
@@ -66,8 +69,9 @@ def unpatch(model: torch.nn.Module) -> int:
     """Give every module that `patch` changed its own class back; returns how many there were."""
     count = 0
     for module in model.modules():
-        replaced = type(module).__dict__.get("replaces")
+        replaced = getattr(type(module), "replaces", None)
         if replaced is not None:
             module.__class__ = replaced
+            module.__dict__.pop(_DEFERRED_NORM, None)
             count += 1
     return count

@@ -105,9 +105,21 @@ class PatchedTransformerBlock(BasicTransformerBlock):
         context = encoder_hidden_states if self.only_cross_attention else None
         # Of a contiguous image the tokens are a transposed view, which every linear layer would copy by itself.
         h = hidden_states.contiguous()
-        out = self.attn1(self.norm1(h), encoder_hidden_states=context, attention_mask=attention_mask)
+        out = self._attend_to_itself(h, context, attention_mask)
         if self.attn2 is not None:
-            y, h = self.norm2(out, residual=h)
-            out = self.attn2(y, encoder_hidden_states=encoder_hidden_states, attention_mask=encoder_attention_mask)
+            out, h = self._attend_to_context(out, h, encoder_hidden_states, encoder_attention_mask)
+        return self._feed_forward(out, h)
+
+    def _attend_to_itself(self, h: Tensor, context: Tensor | None, mask: Tensor | None) -> Tensor:
+        return self.attn1(self.norm1(h), encoder_hidden_states=context, attention_mask=mask)
+
+    def _attend_to_context(
+        self, out: Tensor, h: Tensor, context: Tensor | None, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """What the attention adds to out + h, and out + h."""
+        y, h = self.norm2(out, residual=h)
+        return self.attn2(y, encoder_hidden_states=context, attention_mask=mask), h
+
+    def _feed_forward(self, out: Tensor, h: Tensor) -> Tensor:
         y, h = self.norm3(out, residual=h)
         return self.ff(y) + h

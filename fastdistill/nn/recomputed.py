@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import torch
 from diffusers.models.attention import FeedForward
+from diffusers.models.attention_processor import Attention
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastdistill.nn.known_blocks import why_not_direct
 from fastdistill.nn.patched import (
     PatchedGEGLU,
     PatchedGroupNorm,
     PatchedGroupNormSiLU,
+    PatchedLayerNorm,
     PatchedResnetBlock2D,
     PatchedTransformerBlock,
 )
@@ -94,14 +97,19 @@ class RecomputedFeedForward(FeedForward):
     replaces = FeedForward
 
     def forward(self, hidden_states: Tensor, *_: object, **__: object) -> Tensor:
-        return self.after_projection(self.net[0].proj(hidden_states)) if self.is_plain() else super().forward(hidden_states)
+        return (
+            self.after_projection(self.net[0].proj(hidden_states))
+            if self.is_plain()
+            else super().forward(hidden_states)
+        )
 
     def is_plain(self) -> bool:
-        """Whether GEGLU, dropout and linear layer may be computed without being called."""
+        """Whether its layers may be computed without being called."""
         activation, dropout, linear = self.net[:3]
         return (
             is_plain(activation, PatchedGEGLU)
             and not (self.training and dropout.p > 0)
+            and is_plain(activation.proj, torch.nn.Linear)
             and is_plain(linear, torch.nn.Linear)
         )
 
@@ -114,4 +122,54 @@ class RecomputedFeedForward(FeedForward):
 
 
 class RecomputedTransformerBlock(PatchedTransformerBlock):
-    """Neither the inputs of the projections behind each LayerNorm are kept nor the product of the GEGLU."""
+    """Does not keep the results of its LayerNorms, which the projections behind them would."""
+
+    def _attend_to_itself(self, h: Tensor, context: Tensor | None, mask: Tensor | None) -> Tensor:
+        attention = self.attn1
+        if context is not None or mask is not None or not _is_plain_attention(attention, self.norm1):
+            return super()._attend_to_itself(h, context, mask)
+        q, k, v = _norm_linears(self.norm1, h, (attention.to_q, attention.to_k, attention.to_v))
+        return _attend(attention, q, k, v)
+
+    def _attend_to_context(
+        self, out: Tensor, h: Tensor, context: Tensor | None, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        attention = self.attn2
+        if context is None or mask is not None or not _is_plain_attention(attention, self.norm2):
+            return super()._attend_to_context(out, h, context, mask)
+        q, h = _norm_linears(self.norm2, out, (attention.to_q,), residual=h)
+        return _attend(attention, q, attention.to_k(context), attention.to_v(context)), h
+
+    def _feed_forward(self, out: Tensor, h: Tensor) -> Tensor:
+        plain = (
+            is_plain(self.ff, RecomputedFeedForward) and self.ff.is_plain() and is_plain(self.norm3, PatchedLayerNorm)
+        )
+        if not (plain and is_plain(self.ff.net[0].proj, torch.nn.Linear)):
+            return super()._feed_forward(out, h)
+        projected, h = _norm_linears(self.norm3, out, (self.ff.net[0].proj,), residual=h)
+        return self.ff.after_projection(projected) + h
+
+
+def _is_plain_attention(attention: Attention, norm: torch.nn.Module) -> bool:
+    return (
+        is_plain(attention, Attention)
+        and is_plain(norm, PatchedLayerNorm)
+        and all(is_plain(layer, torch.nn.Linear) for layer in (attention.to_q, attention.to_k, attention.to_v))
+        and why_not_direct(attention) is None
+        and attention.group_norm is None
+        and not attention.residual_connection
+        and attention.rescale_output_factor == 1
+    )
+
+
+def _norm_linears(norm: PatchedLayerNorm, x: Tensor, layers: tuple, residual: Tensor | None = None) -> tuple:
+    """`layer(norm(x + residual))` of each plain layer, and the sum behind them if there is one."""
+    weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
+    return layer_norm_linears(x, norm.weight, norm.bias, norm.eps, weights, biases, residual=residual)
+
+
+def _attend(attention: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """From (B, N, heads * D) each to what `Attention` returns."""
+    q, k, v = (t.unflatten(-1, (attention.heads, -1)).transpose(1, 2) for t in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    return attention.to_out[1](attention.to_out[0](out))

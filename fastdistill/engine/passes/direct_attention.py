@@ -11,10 +11,11 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 
-from fastdistill.engine.attention import DirectAttention, DirectImageAttention, DirectTransformer, why_not
+from fastdistill.engine.attention import DirectAttention, DirectImageAttention, DirectTransformer
 from fastdistill.engine.components import Components
 from fastdistill.engine.passes._replace import Tally, named_parts
 from fastdistill.engine.report import PassReport
+from fastdistill.nn.known_blocks import why_not_direct
 
 
 def apply(components: Components) -> PassReport:
@@ -24,7 +25,9 @@ def apply(components: Components) -> PassReport:
         _rewrite_transformers(network, where, tally)
         _rewrite_image_attention(network, where, tally)
         for _, _, attention in named_parts(network, Attention):
-            tally.leave(f"attention in the {where}", why_not(attention) or "its place in the network is not known")
+            tally.leave(
+                f"attention in the {where}", why_not_direct(attention) or "its place in the network is not known"
+            )
     return tally.report()
 
 
@@ -32,10 +35,10 @@ def _rewrite_blocks(network: torch.nn.Module, where: str, tally: Tally) -> None:
     for block in network.modules():
         if not isinstance(block, BasicTransformerBlock):
             continue
-        if block.attn1 is not None and not block.only_cross_attention and not why_not(block.attn1):
+        if block.attn1 is not None and not block.only_cross_attention and not why_not_direct(block.attn1):
             block.attn1 = DirectAttention(block.attn1, cross=False)
             tally.change(f"self-attention with one product for q, k, v in the {where}")
-        if block.attn2 is not None and not why_not(block.attn2):
+        if block.attn2 is not None and not why_not_direct(block.attn2):
             block.attn2 = DirectAttention(block.attn2, cross=True)
             tally.change(f"cross-attention with one product for k, v in the {where}")
 
@@ -51,6 +54,6 @@ def _rewrite_transformers(network: torch.nn.Module, where: str, tally: Tally) ->
 
 def _rewrite_image_attention(network: torch.nn.Module, where: str, tally: Tally) -> None:
     for parent, name, attention in named_parts(network, Attention):
-        if attention.group_norm is not None and attention.residual_connection and not why_not(attention):
+        if attention.group_norm is not None and attention.residual_connection and not why_not_direct(attention):
             setattr(parent, name, DirectImageAttention(attention))
             tally.change(f"self-attention over pixels with one product for q, k, v in the {where}")

@@ -16,13 +16,14 @@ from torch import Tensor
 from fastdistill.engine.components import Components
 from fastdistill.engine.passes._replace import Tally, named_parts
 from fastdistill.engine.report import PassReport
-from fastdistill.engine.resnet import ResidualBlock, why_not
+from fastdistill.engine.resnet import ResidualBlock
 from fastdistill.engine.unet import time_embedding
+from fastdistill.nn.known_blocks import why_not_residual
 
 
 def apply(components: Components) -> PassReport:
     name, unet = "fold_timestep", components.unet
-    reasons = {reason for _, _, block in named_parts(unet, ResnetBlock2D) if (reason := why_not(block))}
+    reasons = {reason for _, _, block in named_parts(unet, ResnetBlock2D) if (reason := why_not_residual(block))}
     if reasons:  # all or nothing: one block that needs the embedding itself needs the whole time MLP
         return PassReport(name, left=tuple(f"a ResnetBlock2D of the UNet: {reason}" for reason in sorted(reasons)))
     for parent, attribute, block in named_parts(unet, ResnetBlock2D):

@@ -15,7 +15,8 @@ from fastdistill.engine.components import Components
 from fastdistill.engine.norm import BoundGroupNormSiLU
 from fastdistill.engine.passes._replace import Tally, named_parts
 from fastdistill.engine.report import PassReport
-from fastdistill.engine.resnet import ResidualBlock, why_not
+from fastdistill.engine.resnet import ResidualBlock
+from fastdistill.nn.known_blocks import why_not_residual
 
 
 def apply(components: Components) -> PassReport:
@@ -32,7 +33,7 @@ def apply(components: Components) -> PassReport:
 
 def _fuse_residual_blocks(network: torch.nn.Module, where: str, tally: Tally) -> None:
     for parent, name, block in named_parts(network, ResnetBlock2D):
-        if reason := why_not(block):
+        if reason := why_not_residual(block):
             tally.leave(f"ResnetBlock2D in the {where}", reason)
             continue
         fused = ResidualBlock(block)

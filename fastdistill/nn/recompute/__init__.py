@@ -1,8 +1,8 @@
 """A fused op and the layers behind it as one step of autograd, which does not keep what passes between them.
 
 A layer keeps its input for the gradient of its weight. Here that input is the result of a norm or a product over a
-tensor that is kept anyway, so the backward computes it again: one more pass over memory, no matrix product, and the same
-bits.
+tensor that is kept anyway, so the backward computes it again: one more pass over memory, no matrix product, and the
+same bits.
 
 Each backward is written in differentiable calls, so derivatives of every order exist.
 """
