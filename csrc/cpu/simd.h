@@ -259,16 +259,26 @@ static inline Vec clamp(Vec v, float low, float high) {
 // 9e-8 on [-1/2, 1/2]). Together about 1e-7 * (1 + |z| / 8). Bounded so that 1 + exp(-z) stays finite.
 static inline Vec exp_minus(Vec z) {
   const float to_exponent = -1.44269504088896341f;
+#if defined(__AVX512F__)
+  const Vec t = (Vec)_mm512_maskz_min_ps(0xFFFF, (__m512)z, _mm512_set1_ps(87.0f)) * to_exponent;
+  const __m512 n = _mm512_maskz_roundscale_ps(0xFFFF, (__m512)t, _MM_FROUND_TO_NEAREST_INT);
+  const Vec f = t - (Vec)n;
+#else
   const float round_magic = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low mantissa bits
   z = clamp(z, -87.0f, 87.0f);
   const Vec shifted = z * to_exponent + round_magic;
   const Vec f = z * to_exponent - (shifted - round_magic);
+#endif
   Vec p = f * 1.32647273e-3f + 9.67151299e-3f;
   p = p * f + 5.55073358e-2f;
   p = p * f + 2.40222424e-1f;
   p = p * f + 6.93147004e-1f;
   p = p * f + 1.0f;
+#if defined(__AVX512F__)
+  return (Vec)_mm512_maskz_scalef_ps(0xFFFF, (__m512)p, n);
+#else
   return (Vec)((VecI)p + ((VecI)shifted << 23));  // the shift leaves n alone of `shifted`
+#endif
 }
 
 static inline Vec sigmoid(Vec z) { return 1.0f / (1.0f + exp_minus(z)); }
