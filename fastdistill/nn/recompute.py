@@ -44,6 +44,8 @@ def geglu_linear(
 
 
 class _GegluLinear(torch.autograd.Function):
+    """For a weight that needs a gradient."""
+
     @staticmethod
     def forward(ctx, x, weight, bias, backend):
         ctx.save_for_backward(x, weight)
@@ -55,16 +57,15 @@ class _GegluLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_y):
         x, weight = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        needs_x, _, needs_bias, _ = ctx.needs_input_grad
         dtype, bias_dtype = ctx.dtypes  # autocast's where it was on
-        grad_x = grad_weight = grad_bias = None
+        grad_x = grad_bias = None
         rows = grad_y.reshape(-1, grad_y.shape[-1])
         if needs_x:
             grad_product = rows.mm(weight.to(dtype)).reshape(*x.shape[:-1], weight.shape[1])
             grad_x = geglu_gradient(grad_product.to(x.dtype), x, ctx.backend)
-        if needs_weight:
-            product = geglu(x, backend=ctx.backend).to(dtype)
-            grad_weight = rows.t().mm(product.reshape(-1, weight.shape[1])).to(weight.dtype)
+        product = geglu(x, backend=ctx.backend).to(dtype).reshape(-1, weight.shape[1])
+        grad_weight = rows.t().mm(product).to(weight.dtype)
         if needs_bias:
             grad_bias = rows.sum(0).to(bias_dtype)
         return grad_x, grad_weight, grad_bias, None
