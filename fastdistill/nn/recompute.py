@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 
 from fastdistill.ops import _dispatch, geglu, group_norm_silu
-from fastdistill.ops.geglu import OP as GEGLU
+from fastdistill.ops.geglu import OP as GEGLU_OP
 from fastdistill.ops.geglu import gradient as geglu_gradient
-from fastdistill.ops.group_norm_silu import OP as GROUP_NORM_SILU
+from fastdistill.ops.group_norm_silu import OP as GROUP_NORM_SILU_OP
 from fastdistill.ops.group_norm_silu import forward as group_norm_silu_forward
 from fastdistill.ops.group_norm_silu import gradients as group_norm_silu_gradients
 
@@ -35,8 +35,8 @@ def geglu_linear(
     Raises:
         What `fastdistill.ops.geglu` and `F.linear` raise.
     """
-    GEGLU.check(x)
-    chosen = _dispatch.select(GEGLU, backend, x)
+    GEGLU_OP.check(x)
+    chosen = _dispatch.select(GEGLU_OP, backend, x)
     if torch.is_grad_enabled() and weight.requires_grad:
         return _GegluLinear.apply(x, weight, bias, chosen)
     # For the gradient of x alone a linear layer does not keep its input.
@@ -59,15 +59,16 @@ class _GegluLinear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         needs_x, _, needs_bias, _ = ctx.needs_input_grad
         dtype, bias_dtype = ctx.dtypes  # autocast's where it was on
-        grad_x = grad_bias = None
         rows = grad_y.reshape(-1, grad_y.shape[-1])
+        # The weight first: its product is gone before the gradient of the product, as large, comes.
+        product = geglu(x, backend=ctx.backend).to(dtype).reshape(-1, weight.shape[1])
+        grad_weight = rows.t().mm(product).to(weight.dtype)
+        del product
+        grad_x = None
         if needs_x:
             grad_product = rows.mm(weight.to(dtype)).reshape(*x.shape[:-1], weight.shape[1])
             grad_x = geglu_gradient(grad_product.to(x.dtype), x, ctx.backend)
-        product = geglu(x, backend=ctx.backend).to(dtype).reshape(-1, weight.shape[1])
-        grad_weight = rows.t().mm(product).to(weight.dtype)
-        if needs_bias:
-            grad_bias = rows.sum(0).to(bias_dtype)
+        grad_bias = rows.sum(0).to(bias_dtype) if needs_bias else None
         return grad_x, grad_weight, grad_bias, None
 
 
@@ -107,13 +108,15 @@ def group_norm_silu_conv2d(
         ValueError: x is not (N, C, H, W). TypeError: padding is a word.
         And what `fastdistill.ops.group_norm_silu` and `F.conv2d` raise.
     """
-    GROUP_NORM_SILU.check(x, num_groups, norm_weight, norm_bias, eps, silu=silu, add=add)
+    GROUP_NORM_SILU_OP.check(x, num_groups, norm_weight, norm_bias, eps, silu=silu, add=add)
     if x.dim() != 4:
         raise ValueError(f"x: expected (N, C, H, W), got shape {tuple(x.shape)}")
     if isinstance(padding, str):
         raise TypeError(f"padding: expected an int or a pair of them, got {padding!r}")
     norm = (num_groups, eps, silu)
-    chosen = _dispatch.select(GROUP_NORM_SILU, backend, x, num_groups, norm_weight, norm_bias, eps, silu=silu, add=add)
+    chosen = _dispatch.select(
+        GROUP_NORM_SILU_OP, backend, x, num_groups, norm_weight, norm_bias, eps, silu=silu, add=add
+    )
     convolution = (_pair(stride), _pair(padding), _pair(dilation), groups)
     if x.shape[0] == 0 or not torch.is_grad_enabled():
         z = group_norm_silu(x, num_groups, norm_weight, norm_bias, eps, silu=silu, add=add, backend=chosen)
@@ -161,6 +164,7 @@ class _GroupNormSiLUConv2d(torch.autograd.Function):
             groups,
             [any(needs_norm), needs_weight, needs_bias],
         )
+        del z
         grads = (None,) * 4
         if any(needs_norm):
             grads = group_norm_silu_gradients(
