@@ -96,6 +96,22 @@ def test_cuda_library_uses_the_stable_c_interface_and_is_built_for_what_was_aske
     assert json.loads((hopper_build[1] / "_build.json").read_text())["cuda_architectures"] == "9.0a"
 
 
+@pytest.mark.compiler
+@pytest.mark.nvcc
+def test_vectors_of_geglu_move_in_16_byte_accesses_alone(hopper_build):
+    # A store that the compiler takes apart costs four times the instructions, and nothing else shows it.
+    functions = run(cuobjdump(), "--dump-sass", hopper_build[1] / "_cuda.so").split("Function : ")[1:]
+    found = []
+    for text in functions:
+        name = text.split()[0]
+        if "geglu" in name and re.search(r"Li[48]E", name):  # vectors of 4 or 8 elements
+            accesses = re.findall(r"\b(?:LDG|STG)\.[\w.]+", text)
+            assert len(accesses) in (6, 10), name  # of two rows: 3 or 5 halves
+            assert all(".128" in access for access in accesses), (name, accesses)
+            found.append(name)
+    assert len(found) == 6, "forward and backward in three dtypes"
+
+
 def cuobjdump():
     import triton
 

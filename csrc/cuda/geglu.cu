@@ -1,17 +1,17 @@
 // geglu on CUDA: y = h * gelu(gate), h and gate the halves of a row of x. Forward and backward, one launch each.
 //
 // A thread owns vectors of 16 bytes in `kBatch` rows, where address, width and strides allow it, single elements
-// elsewhere; it loads all of them before it computes. A block's tile is (rows, columns of one half).
+// elsewhere; it loads all of them before it computes. geglu_plan.h says which thread owns what.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <algorithm>
 #include <type_traits>
 #include <vector>
 
 #include "../layout.h"
 #include "device.cuh"
+#include "geglu_plan.h"
 #include "launch.h"
 
 namespace fastdistill::cuda {
@@ -20,36 +20,15 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int kThreads = 128;
-constexpr int kBatch = 2;               // rows of a thread: 4 loads in flight forward, 6 backward
-constexpr int64_t kFewBlocks = 8 * 132;  // with fewer, a thread has one row, so that more multiprocessors have some
+using geglu_plan::kBatch;
+using geglu_plan::kThreads;
+using geglu_plan::Place;
+using geglu_plan::Plan;
 
 // ---- the call -------------------------------------------------------------------------------------------------------
 
-struct Tile {
-  int across, along;  // threads along the columns, along the rows
-  int64_t rows, columns, column_tiles, row_tiles;
-
-  int64_t blocks() const { return column_tiles * row_tiles; }
-};
-
-int64_t tiles_over(int64_t length, int64_t tile) { return (length + tile - 1) / tile; }
-
-// As wide as hangs over by an eighth at most, but not narrower than a warp: 32 vectors for 160, 128 for 640.
-Tile tile_for(int64_t rows, int64_t columns, int vector) {
-  const int64_t lanes = columns / vector;
-  int across = 1;
-  while (across < lanes && across < kThreads) across *= 2;
-  while (across > kWarp && 8 * tiles_over(lanes, across) * across > 9 * lanes) across /= 2;
-  Tile tile{across, kThreads / across, 0, int64_t{across} * vector, tiles_over(lanes, across), 0};
-  const bool few = tile.column_tiles * tiles_over(rows, int64_t{tile.along} * kBatch) < kFewBlocks;
-  tile.rows = int64_t{tile.along} * (few ? 1 : kBatch);
-  tile.row_tiles = tiles_over(rows, tile.rows);
-  return tile;
-}
-
 struct Problem {
-  Tile tile;
+  Plan plan;
   int64_t rows, columns;  // of y
   const void *x, *grad_y;
   int64_t x_stride, grad_y_stride;
@@ -66,12 +45,27 @@ bool aligned(const void* data, int64_t rows, int64_t stride, int64_t bytes) {
 // What is read once is marked to leave the caches first: the result, which the next layer reads, then stays.
 template <int V, typename T>
 __device__ Vector<T, V> load_once(const T* from) {
+#ifdef __CUDACC__
   if constexpr (sizeof(T) * V == kVectorBytes) {
     const float4 raw = __ldcs(reinterpret_cast<const float4*>(from));
     return *reinterpret_cast<const Vector<T, V>*>(&raw);
-  } else {
-    return load_vector<V>(from);
   }
+#endif
+  return load_vector<V>(from);
+}
+
+// In one instruction, said in PTX: left to itself, nvcc 13 takes one of a thread's two stores apart into 4 bytes each.
+template <int V, typename T>
+__device__ void store_whole(T* to, const Vector<T, V>& vector) {
+#ifdef __CUDACC__
+  if constexpr (sizeof(T) * V == kVectorBytes) {
+    const float4 raw = *reinterpret_cast<const float4*>(&vector);
+    asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(raw.x), "f"(raw.y), "f"(raw.z), "f"(raw.w)
+                 : "memory");
+    return;
+  }
+#endif
+  store_vector(to, vector);
 }
 
 struct Normal {
@@ -96,44 +90,34 @@ __device__ Normal normal(float g) {
   return {g < 0.0f ? tail : 1.0f - tail, bell};
 }
 
-// A thread's place: its column and the rows [row, last), `along` apart.
 template <int V>
-struct Place {
-  int64_t row, last, column;
-
-  __device__ explicit Place(const Problem& p) {
-    const int t = static_cast<int>(threadIdx.x);
-    const unsigned column_tiles = static_cast<unsigned>(p.tile.column_tiles);
-    const int64_t first = blockIdx.x / column_tiles * p.tile.rows;
-    column = blockIdx.x % column_tiles * p.tile.columns + t % p.tile.across * V;
-    row = first + t / p.tile.across;
-    last = column < p.columns ? min(first + p.tile.rows, p.rows) : row;
-  }
-};
+__device__ Place place_of(const Problem& p) {
+  return Place(p.plan, p.rows, p.columns, V, blockIdx.x, static_cast<int>(threadIdx.x));
+}
 
 template <typename T, int V>
 __global__ void __launch_bounds__(kThreads) forward_kernel(const Problem p) {
-  const Place<V> place(p);
+  const Place place = place_of<V>(p);
   const T* x = static_cast<const T*>(p.x) + place.column;
   T* y = static_cast<T*>(p.to) + place.column;
   Vector<T, V> h[kBatch], gate[kBatch];
 #pragma unroll
   for (int i = 0; i < kBatch; ++i) {
-    const int64_t row = place.row + i * p.tile.along;
+    const int64_t row = place.row + i * p.plan.along;
     if (row >= place.last) continue;
     h[i] = load_once<V>(x + row * p.x_stride);
     gate[i] = load_once<V>(x + row * p.x_stride + p.columns);
   }
 #pragma unroll
   for (int i = 0; i < kBatch; ++i) {
-    const int64_t row = place.row + i * p.tile.along;
+    const int64_t row = place.row + i * p.plan.along;
     if (row >= place.last) continue;
 #pragma unroll
     for (int e = 0; e < V; ++e) {
       const float g = to_float(gate[i].value[e]);
       h[i].value[e] = from_float<T>(to_float(h[i].value[e]) * (g * normal(g).cdf));
     }
-    store_vector(y + row * p.columns, h[i]);
+    store_whole(y + row * p.columns, h[i]);
   }
 }
 
@@ -141,14 +125,15 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const Problem p) {
 template <typename T, int V>
 __global__ void __launch_bounds__(kThreads) backward_kernel(const Problem p) {
   constexpr float kInverseRootOf2Pi = 0.398942280f;
-  const Place<V> place(p);
+  const Place place = place_of<V>(p);
   const T* x = static_cast<const T*>(p.x) + place.column;
   const T* grad_y = static_cast<const T*>(p.grad_y) + place.column;
-  T* grad_x = static_cast<T*>(p.to) + place.column;
+  T* grad_h = static_cast<T*>(p.to) + place.column;
+  T* grad_gate = grad_h + p.columns;
   Vector<T, V> grad[kBatch], h[kBatch], gate[kBatch];
 #pragma unroll
   for (int i = 0; i < kBatch; ++i) {
-    const int64_t row = place.row + i * p.tile.along;
+    const int64_t row = place.row + i * p.plan.along;
     if (row >= place.last) continue;
     grad[i] = load_once<V>(grad_y + row * p.grad_y_stride);
     h[i] = load_once<V>(x + row * p.x_stride);
@@ -156,7 +141,7 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(const Problem p) {
   }
 #pragma unroll
   for (int i = 0; i < kBatch; ++i) {
-    const int64_t row = place.row + i * p.tile.along;
+    const int64_t row = place.row + i * p.plan.along;
     if (row >= place.last) continue;
 #pragma unroll
     for (int e = 0; e < V; ++e) {
@@ -166,8 +151,8 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(const Problem p) {
           from_float<T>(gy * to_float(h[i].value[e]) * (n.cdf + g * (n.bell * kInverseRootOf2Pi)));
       h[i].value[e] = from_float<T>(gy * (g * n.cdf));
     }
-    store_vector(grad_x + row * 2 * p.columns, h[i]);
-    store_vector(grad_x + row * 2 * p.columns + p.columns, gate[i]);
+    store_whole(grad_h + row * 2 * p.columns, h[i]);
+    store_whole(grad_gate + row * 2 * p.columns, gate[i]);
   }
 }
 
@@ -210,8 +195,8 @@ Tensor geglu(const Tensor& x) {
   dispatch(x.scalar_type(), vectors, [&](auto* element, auto width) {
     using T = std::remove_pointer_t<decltype(element)>;
     constexpr int V = decltype(width)::value;
-    p.tile = tile_for(p.rows, p.columns, V);
-    launch("geglu", forward_kernel<T, V>, p.tile.blocks(), kThreads, 0, device.stream(), p);
+    p.plan = geglu_plan::plan(p.rows, p.columns, V);
+    launch("geglu", forward_kernel<T, V>, p.plan.blocks(), kThreads, 0, device.stream(), p);
   });
   return y;
 }
@@ -234,8 +219,8 @@ Tensor geglu_backward(const Tensor& grad_y, const Tensor& x) {
   dispatch(x.scalar_type(), vectors, [&](auto* element, auto width) {
     using T = std::remove_pointer_t<decltype(element)>;
     constexpr int V = decltype(width)::value;
-    p.tile = tile_for(p.rows, p.columns, V);
-    launch("geglu_backward", backward_kernel<T, V>, p.tile.blocks(), kThreads, 0, device.stream(), p);
+    p.plan = geglu_plan::plan(p.rows, p.columns, V);
+    launch("geglu_backward", backward_kernel<T, V>, p.plan.blocks(), kThreads, 0, device.stream(), p);
   });
   return grad_x;
 }

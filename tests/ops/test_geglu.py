@@ -267,6 +267,7 @@ def test_only_the_input_is_saved(backend, device):
 def test_raw_ops_pass_opcheck(backend, device, view):
     x = make((2, 3, 48), torch.float32, device)
     x = x if view == "dense" else x[..., 7:31]
+    geglu(x, backend=backend)  # loads the library
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(_forward(backend), (x,), test_utils=tests)
     torch.library.opcheck(_backward(backend), (like_result(x), x), test_utils=tests)
@@ -327,8 +328,9 @@ def test_autocast_keeps_the_dtype_of_x(backend, device):
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
 def test_is_captured_in_a_cuda_graph(backend):
     x, grad_y = make((77, 2560), torch.float16, "cuda"), make((77, 1280), torch.float16, "cuda")
+    geglu(x, backend=backend)  # loads the library, or compiles
     forward, backward = _forward(backend), _backward(backend)
-    forward(x), backward(grad_y, x)
+    backward(grad_y, x)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         y, grad_x = forward(x), backward(grad_y, x)

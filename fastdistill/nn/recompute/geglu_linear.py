@@ -34,6 +34,8 @@ def geglu_linear(
 
 
 class _GegluLinear(torch.autograd.Function):
+    """For a weight that needs a gradient."""
+
     @staticmethod
     def forward(ctx, x, weight, bias, backend):
         ctx.save_for_backward(x, weight)
@@ -45,16 +47,16 @@ class _GegluLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_y):
         x, weight = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        needs_x, _, needs_bias, _ = ctx.needs_input_grad
         dtype, bias_dtype = ctx.dtypes  # autocast's where it was on
-        grad_x = grad_weight = grad_bias = None
         rows = grad_y.reshape(-1, grad_y.shape[-1])
+        # The weight first: its product is gone before the gradient of the product, as large, comes.
+        product = geglu(x, backend=ctx.backend).to(dtype).reshape(-1, weight.shape[1])
+        grad_weight = rows.t().mm(product).to(weight.dtype)
+        del product
+        grad_x = None
         if needs_x:
             grad_product = rows.mm(weight.to(dtype)).reshape(*x.shape[:-1], weight.shape[1])
             grad_x = gradient(grad_product.to(x.dtype), x, ctx.backend)
-        if needs_weight:
-            product = geglu(x, backend=ctx.backend).to(dtype)
-            grad_weight = rows.t().mm(product.reshape(-1, weight.shape[1])).to(weight.dtype)
-        if needs_bias:
-            grad_bias = rows.sum(0).to(bias_dtype)
+        grad_bias = rows.sum(0).to(bias_dtype) if needs_bias else None
         return grad_x, grad_weight, grad_bias, None

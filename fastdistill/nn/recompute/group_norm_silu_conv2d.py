@@ -99,6 +99,7 @@ class _GroupNormSiLUConv2d(torch.autograd.Function):
             groups,
             [any(needs_norm), needs_weight, needs_bias],
         )
+        del z
         grads = (None,) * 4
         if any(needs_norm):
             grads = gradients(grad_z.to(x.dtype), x, norm_weight, norm_bias, add, mean, rstd, *norm, backend)

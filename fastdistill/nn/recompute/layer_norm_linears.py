@@ -81,6 +81,7 @@ class _LayerNormLinears(torch.autograd.Function):
                 grads[i] = grad.t().mm(y).to(weight.dtype)
             if grad is not None and needs_linears[count + i]:
                 grads[count + i] = grad.sum(0).to(ctx.bias_dtypes[i])
+        del y  # before as much is taken for its gradient
         grad_norm = (None,) * 4
         if any(needs_norm):
             grad_norm = _norm_gradients(ctx, rows, weights, grad_s, s, norm_weight, norm_bias, mean, rstd)

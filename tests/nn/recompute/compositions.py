@@ -50,10 +50,11 @@ def under_autocast(function):
     return call
 
 
-def check_second_derivatives(ours, plain, inputs):
+def check_second_derivatives(ours, plain, inputs, frozen=()):
     def penalty(function):
-        leaves = leaves_of(inputs)
-        grads = torch.autograd.grad(function(*leaves).square().sum(), leaves, create_graph=True)
-        return torch.autograd.grad(sum(g.square().sum() for g in grads), leaves)
+        leaves = leaves_of(inputs, frozen)
+        trained = [t for t in leaves if t is not None and t.requires_grad]
+        grads = torch.autograd.grad(function(*leaves).square().sum(), trained, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in grads), trained)
 
     torch.testing.assert_close(penalty(ours), penalty(plain), rtol=1e-4, atol=1e-3)
