@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+import torch
 from fastdistill.bench import group_norm_silu, providers, rows
 from fastdistill.bench.cli import app
 from fastdistill.bench.environment import commit
@@ -18,14 +19,17 @@ def run(*arguments):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["group_norm"], "unknown op 'group_norm'; known: group_norm_silu"),
+        (["group_norm"], "unknown op 'group_norm'; known: group_norm_silu, layer_norm, engine, training"),
         (["--shapes", "sd3"], "unknown shape 'sd3' of group_norm_silu; known suites: unet, sd15"),
         (["--dtype", "float32,float8"], "--dtype: unknown 'float8'; known: float32, float16, bfloat16, all"),
         (["--layout", "nhwc"], "--layout: unknown 'nhwc'; known: contiguous, channels_last, all"),
         (["--mode", "inference"], "--mode: unknown 'inference'; known: forward, backward, full, all"),
         (["--cache", "warm"], "--cache: unknown 'warm'; known: hot, cold, all"),
         (["--providers", "xformers"], "unknown provider 'xformers' of group_norm_silu; known: cuda, triton, cpu,"),
-        (["--device", "cuda"], "--device: cannot time on 'cuda'; known: cpu"),
+        (["--device", "tpu"], "--device: cannot time on 'tpu'; known: cpu, cuda"),
+        (["--cache", "eager"], "--cache: unknown 'eager'; known: hot, cold, all"),
+        (["--device-spec", "h900"], "unknown device 'h900'; known: h200, or a .json file"),
+        (["--baseline", "nowhere.jsonl"], "--baseline: cannot read nowhere.jsonl: No such file"),
         (["--dtype", ","], "--dtype: got an empty list"),
     ],
 )
@@ -106,3 +110,13 @@ def test_a_run_that_measured_nothing_is_exit_code_1():
 
 def test_a_folder_without_history_has_no_commit(tmp_path):
     assert commit(tmp_path) is None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_refused_with_what_works_instead():
+    result = run("group_norm_silu", "--device", "cuda")
+    assert result.exit_code == 2
+    assert result.stderr == (
+        "error: --device cuda: torch sees no GPU here; --device-spec h200 predicts without one, "
+        "--dry-run lists the rows\n"
+    )

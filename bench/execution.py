@@ -1,0 +1,91 @@
+"""Runs jobs one after the other, with a progress bar, in order of importance where time is short."""
+
+from __future__ import annotations
+
+import importlib
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from .devices import DeviceSpec
+from .gpu import Gpu
+from .measure import measured
+from .rows import Key, Row
+from .runner import Job, Selection
+
+# Earlier is more important: what inference does, as it does it, first.
+_ORDER = {
+    "mode": ("forward", "full", "backward"),
+    "dtype": ("bfloat16", "float16", "float32"),
+    "layout": ("channels_last", "contiguous"),
+}
+
+
+def open_gpu() -> Gpu:
+    """The first GPU."""
+    return Gpu()
+
+
+def limits(device: str) -> DeviceSpec:
+    """What this machine can do at most, measured."""
+    return measured(device, torch.get_num_threads())
+
+
+def jobs(selections: Sequence[Selection]) -> list[Job]:
+    """Of all selections, in their order."""
+    return [job for selection in selections for job in selection.jobs()]
+
+
+def whole_jobs(names: Sequence[str], device: str, pairs: int, gpu: Gpu | None) -> list[Job]:
+    """Of "engine" and "training"."""
+    return [
+        job for name in names for job in importlib.import_module(f"fastdistill.bench.{name}").jobs(device, pairs, gpu)
+    ]
+
+
+def by_importance(work: Sequence[Job]) -> list[Job]:
+    """Sorted by how far its settings stand from those that matter most; equal ones take turns between ops and shapes."""
+    return sorted(work, key=lambda job: _rank(job.keys[0]))
+
+
+def run(
+    work: Sequence[Job], seconds: float | None = None, *, clock: Callable[[], float] = time.monotonic
+) -> tuple[list[Row], list[Key]]:
+    """The rows, and the keys of those that were left out because `seconds` were over (never without a limit)."""
+    if seconds is not None:
+        work = by_importance(work)
+    end = float("inf") if seconds is None else clock() + seconds
+    rows: list[Row] = []
+    left_out: list[Key] = []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=sum(len(job.keys) for job in work))
+        for job in work:
+            done = 0
+            if clock() < end:
+                for row in job.rows():
+                    rows.append(row)
+                    done += 1
+                    bar.update(task, advance=1, description=" ".join((*row.key.group, row.key.case)))
+                    if clock() >= end:
+                        break
+            left_out += job.keys[done:]
+    return rows, left_out
+
+
+def describe_left_out(left_out: Sequence[Key]) -> list[str]:
+    """A line per kind of row."""
+    kinds = Counter((key.op, key.mode, key.dtype, key.layout) for key in left_out)
+    if not kinds:
+        return []
+    lines = [f"  {' '.join(kind)}: {count}" for kind, count in kinds.items()]
+    return [f"the budget is over, {len(left_out)} rows were left out:", *lines]
+
+
+def _rank(key: Key) -> int:
+    return sum(known.index(value) if (value := getattr(key, name)) in known else 0 for name, known in _ORDER.items())
