@@ -48,7 +48,7 @@ def whole_jobs(names: Sequence[str], device: str, pairs: int, gpu: Gpu | None) -
 
 
 def by_importance(work: Sequence[Job]) -> list[Job]:
-    """Sorted by how far its settings stand from those that matter most; equal ones take turns between ops and shapes."""
+    """Sorted by how far the settings stand from those that matter most; equal ones stay in their order."""
     return sorted(work, key=lambda job: _rank(job.keys[0]))
 
 

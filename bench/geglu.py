@@ -75,7 +75,7 @@ BENCHMARK = Benchmark(
             "liger",
             "liger_kernel.ops.geglu",
             _liger,
-            note="the tanh approximation, not the exact erf; takes two tensors, so that both halves of x are copied first",
+            note="the tanh approximation, not the exact erf; of two tensors, so both halves of x are copied first",
         ),
     ),
     default=providers.kernel_names(OP),

@@ -1,4 +1,4 @@
-"""What the timing of a GPU asks of torch.cuda: a side stream, recorded graphs, marks on the stream, memory. No logic."""
+"""What GPU timing asks of torch.cuda: a side stream, recorded graphs, marks on the stream, memory. No logic."""
 
 from __future__ import annotations
 

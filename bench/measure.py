@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -52,11 +53,12 @@ def _cuda() -> DeviceSpec:
 
     def seconds(work: Callable[[], object]) -> float:
         with gpu.stream():
+            work()
             marks = [gpu.mark()]
-            for _ in range(_REPEATS + 1):
+            for _ in range(_REPEATS):
                 work()
                 marks.append(gpu.mark())
-            return statistics.median(gpu.elapsed_us(a, b) for a, b in zip(marks[1:], marks[2:])) / 1e6
+            return statistics.median(gpu.elapsed_us(a, b) for a, b in itertools.pairwise(marks)) / 1e6
 
     size = min(max(_COPY_BYTES["cuda"], 4 * gpu.l2_bytes), gpu.free_bytes() // 8)
     return DeviceSpec(

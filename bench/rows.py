@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from .accuracy import Accuracy
@@ -54,7 +54,7 @@ class Row:
     missing: str = ""
     raised: bool = False
     limit: Limit | None = None
-    usage: Usage = Usage()
+    usage: Usage = field(default_factory=Usage)
     note: str = ""
 
     def __post_init__(self) -> None:

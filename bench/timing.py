@@ -35,8 +35,8 @@ class PairTimes:
 class Speed:
     """Medians in microseconds per call, and baseline / ours: its median and its 20 % and 80 % quantiles over pairs.
 
-    `ours_low_us`, `ours_high_us` are the quantiles of our time. `how` it was taken: "clock" (of the host), "graph" (CUDA
-    graph replay) or "events" (CUDA events around plain calls).
+    `ours_low_us`, `ours_high_us` are the quantiles of our time. `how` it was taken: "clock" (of the host), "graph"
+    (CUDA graph replay) or "events" (CUDA events around plain calls).
     """
 
     ours_us: float
