@@ -56,9 +56,10 @@ class Inputs:
             self.constants,
         )
 
-    @property
-    def nbytes(self) -> int:
-        return sum(t.nbytes for t in (*self.tensors.values(), *self.grad_outputs.values()))
+    def nbytes(self, mode: str) -> int:
+        """Read by one call: a forward pass has no use for gradients."""
+        gradients = () if mode == "forward" else self.grad_outputs.values()
+        return sum(t.nbytes for t in (*self.tensors.values(), *gradients))
 
 
 @dataclass(frozen=True)

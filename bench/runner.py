@@ -163,14 +163,14 @@ class _Measurement:
         sets = [self.inputs]
         if key.cache == "cold":
             cache = environment.last_level_cache_bytes() or _ASSUMED_CACHE_BYTES
-            sets += [self._setup() for _ in range(-(-2 * cache // self.inputs.nbytes))]
+            sets += [self._setup() for _ in range(-(-2 * cache // self.inputs.nbytes(self.mode)))]
         times = time_pairs([ours(each) for each in sets], [theirs(each) for each in sets], self.selection.pairs)
         return Speed.of(times), "", None
 
     def _time_on_gpu(self, key: Key, ours, theirs, result_bytes: int) -> tuple[Speed, str, float | None]:
         gpu, sets, note = self.selection.gpu, [self.inputs], ""
         if key.cache == "cold":
-            each_bytes = self.inputs.nbytes + result_bytes
+            each_bytes = self.inputs.nbytes(self.mode) + result_bytes
             rotation = gpu_timing.rotation(each_bytes, gpu.l2_bytes, gpu.free_bytes())
             sets += [self._setup() for _ in range(rotation.sets - 1)]
             if not rotation.cold:

@@ -30,9 +30,7 @@ def sites(size, context, config):
     """Input shapes of every LayerNorm, and output shapes of every GEGLU's linear layer, of one forward pass."""
     found = {"layer_norm": set(), "geglu": set()}
     with torch.device("meta"):
-        model = UNet2DConditionModel(
-            cross_attention_dim=context, **config
-        )
+        model = UNet2DConditionModel(cross_attention_dim=context, **config)
         for module in model.modules():
             if isinstance(module, torch.nn.LayerNorm):
                 module.register_forward_pre_hook(lambda _, args: found["layer_norm"].add(tuple(args[0].shape[1:])))
