@@ -4,17 +4,13 @@
 // depend on the number of threads.
 #pragma once
 
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
-
 #include <algorithm>
-#include <initializer_list>
-#include <limits>
 #include <memory>
 #include <optional>
 
 #include "../layout.h"
 #include "capability.h"
+#include "floats.h"
 #include "group_norm_silu_kernel.h"
 #include "tensors.h"
 
@@ -37,41 +33,6 @@ inline const GroupNormSiluKernels& kernels_for(ScalarType type) {
   return baseline::group_norm_silu_kernels(element);
 }
 
-template <typename T>
-void widen(const void* from, int64_t stride, int64_t count, float* to) {
-  for (int64_t i = 0; i < count; ++i) {
-    const float value = static_cast<float>(static_cast<const T*>(from)[i * stride]);
-    to[i] = value == value ? value : std::numeric_limits<float>::quiet_NaN();  // see round_to_bfloat16
-  }
-}
-
-// One row of a small parameter tensor (weight, bias, add) as float32.
-inline void read_floats(const Tensor& t, int64_t offset, int64_t stride, int64_t count, float* to) {
-  const char* from = static_cast<const char*>(t.const_data_ptr()) + offset * static_cast<int64_t>(t.element_size());
-  switch (t.scalar_type()) {
-    case ScalarType::Half:
-      return widen<torch::headeronly::Half>(from, stride, count, to);
-    case ScalarType::BFloat16:
-      return widen<torch::headeronly::BFloat16>(from, stride, count, to);
-    default:
-      return widen<float>(from, stride, count, to);
-  }
-}
-
-// Not initialised: at 8x8 pixels the constants are a good part of the data.
-inline std::unique_ptr<float[]> floats(int64_t count) { return std::unique_ptr<float[]>(new float[count]); }
-
-// A dense float32 tensor. `torch::stable::new_empty` looks its op up by name: half a microsecond more each.
-inline Tensor new_floats(std::initializer_list<int64_t> sizes) {
-  int64_t strides[2] = {1, 1};
-  if (sizes.size() == 2) strides[0] = *(sizes.begin() + 1);
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides,
-                                                         aoti_torch_dtype_float32(), aoti_torch_device_type_cpu(), 0,
-                                                         &handle));
-  return Tensor(handle);
-}
-
 // Everything both directions know about a call.
 struct Problem {
   Layout x;
@@ -86,23 +47,13 @@ struct Problem {
         groups(groups_),
         per_group(x.C / groups_),
         bytes(static_cast<int64_t>(x_.element_size())),
-        weight(per_channel(weight_, 1.0f)),
-        bias(per_channel(bias_, 0.0f)) {
+        weight(parameter_floats(weight_, x.C, 1.0f)),
+        bias(parameter_floats(bias_, x.C, 0.0f)) {
     if (add_) {
       add = floats(x.N * x.C);
       for (int64_t n = 0; n < x.N; ++n)
         read_floats(*add_, n * add_->stride(0), add_->stride(1), x.C, &add[n * x.C]);
     }
-  }
-
-  std::unique_ptr<float[]> per_channel(const std::optional<Tensor>& parameter, float absent) const {
-    auto values = floats(x.C);
-    if (parameter) {
-      read_floats(*parameter, 0, parameter->stride(0), x.C, values.get());
-    } else {
-      std::fill_n(values.get(), x.C, absent);
-    }
-    return values;
   }
 
   const float* add_of(int64_t n) const { return add ? &add[n * x.C] : nullptr; }

@@ -56,9 +56,8 @@ def layer_norm(
     if chosen == _dispatch.REFERENCE:
         return reference(x, weight, bias, eps, residual=residual)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, residual)):
-        y, s = _LayerNorm.apply(x, residual, weight, bias, eps, chosen)
-    else:
-        y, s, _, _ = _forward(chosen)(x, residual, weight, bias, eps)
+        return _LayerNorm.apply(x, residual, weight, bias, eps, chosen)
+    y, s, _, _ = _forward(chosen)(x, residual, weight, bias, eps)
     return y if residual is None else (y, s)
 
 
@@ -178,7 +177,7 @@ def _backward(backend: str):
 
 
 class _LayerNorm(torch.autograd.Function):
-    """(y, s); without residual (y, None). A second derivative reaches x and residual through s, as a gradient of it."""
+    """y, or (y, s) with a residual: then a second derivative reaches x and residual as a gradient of s."""
 
     @staticmethod
     def forward(ctx, x, residual, weight, bias, eps, backend):
@@ -187,10 +186,10 @@ class _LayerNorm(torch.autograd.Function):
         ctx.settings = (eps, backend)
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.set_materialize_grads(False)
-        return y, None if residual is None else s
+        return y if residual is None else (y, s)
 
     @staticmethod
-    def backward(ctx, grad_y, grad_s):
+    def backward(ctx, grad_y, grad_s=None):
         if grad_y is None:  # y took no part, so neither did weight and bias
             return *needed((grad_s, grad_s), ctx.needs_input_grad), None, None, None, None
         s, weight, mean, rstd = ctx.saved_tensors
