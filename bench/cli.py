@@ -108,6 +108,8 @@ def bench(
             _profile(selections, profile)
             return
         whole = [name for name in names if name in WHOLE]
+        if budget is not None:
+            selections = [tier for selection in selections for tier in selection.tiers()]
         if dry_run:
             _list_rows([*execution.jobs(selections), *execution.whole_jobs(whole, device, samples, None)])
             return

@@ -23,6 +23,7 @@ _ORDER = {
     "dtype": ("bfloat16", "float16", "float32"),
     "layout": ("channels_last", "contiguous"),
 }
+_KERNELS = ("cuda", "triton", "cpu", "fastdistill")  # before whom they are compared with
 
 
 def open_gpu() -> Gpu:
@@ -88,4 +89,6 @@ def describe_left_out(left_out: Sequence[Key]) -> list[str]:
 
 
 def _rank(key: Key) -> int:
-    return sum(known.index(value) if (value := getattr(key, name)) in known else 0 for name, known in _ORDER.items())
+    return (key.provider not in _KERNELS) + sum(
+        known.index(value) if (value := getattr(key, name)) in known else 0 for name, known in _ORDER.items()
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -77,6 +78,12 @@ class Selection:
             ]
         ]
 
+    def tiers(self) -> list[Selection]:
+        """The op's own kernels, and all others: two selections, of which one can be measured before the other."""
+        own = tuple(p for p in self.providers if p.name in self.benchmark.default)
+        others = tuple(p for p in self.providers if p not in own)
+        return [dataclasses.replace(self, providers=each) for each in (own, others) if each]
+
     def __len__(self) -> int:
         return sum(len(job.keys) for job in self.jobs())
 
@@ -116,6 +123,7 @@ class _Measurement:
         self.inputs = self._setup()
         self._truth: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]] | None = None
         self._usage: dict[str, Usage] = {}
+        self._prepared: dict[str, Callable[..., object]] = {}  # compiling takes seconds
 
     def row(self, key: Key, provider: Provider) -> Row:
         s = self.selection
@@ -123,7 +131,7 @@ class _Measurement:
         reasons = provider.missing(self.inputs)
         if reasons:
             return Row(key, baseline.name, missing="; ".join(reasons), note=provider.note)
-        call, baseline_call = provider.prepare(self.inputs), baseline.prepare(self.inputs)
+        call, baseline_call = self._prepare(provider), self._prepare(baseline)
 
         def ours(inputs: Inputs) -> Run:
             return self.make_step(call, provider.adapt(inputs)).run
@@ -144,6 +152,11 @@ class _Measurement:
             usage=used if launches is None else Usage(used.peak_bytes, launches),
             note="; ".join(filter(None, (provider.note, note))),
         )
+
+    def _prepare(self, provider: Provider) -> Callable[..., object]:
+        if provider.name not in self._prepared:
+            self._prepared[provider.name] = provider.prepare(self.inputs)
+        return self._prepared[provider.name]
 
     def _setup(self) -> Inputs:
         return self.selection.benchmark.setup(self.case, self.dtype, self.layout, self.device)
