@@ -16,7 +16,6 @@ from rich.console import Console
 from fastdistill.ops import BackendError
 
 from . import benchmark, changes, devices, environment, execution, rows
-from .devices import DeviceSpec
 from .modes import MODES
 from .predict import print_predictions
 from .report import print_report
@@ -118,25 +117,25 @@ def bench(
         selections = [dataclasses.replace(selection, spec=spec) for selection in selections]
         work = [*execution.whole_jobs(whole, device, samples, gpu), *execution.jobs(selections)]
         remaining = None if budget is None else budget - (time.monotonic() - started)
-        measured, left_out = execution.run(work, remaining)
+        if spec is not None:
+            described["limits"] = dataclasses.asdict(spec)
+        save = (lambda so_far: None) if out is None else (lambda so_far: rows.write_jsonl(so_far, described, out))
+        measured, left_out = execution.run(work, remaining, save=save)
     except (_UsageError, benchmark.UnknownName, devices.UnknownDevice, BackendError) as error:
         typer.echo(f"error: {error}", err=True)  # the last from FASTDISTILL_BACKEND
         raise typer.Exit(EXIT_USAGE) from None
-    _finish(measured, left_out, described, spec, out, before, threshold, selections)
+    _finish(measured, left_out, described, out, before, threshold, selections)
 
 
 def _finish(
     measured: list[rows.Row],
     left_out: list[rows.Key],
     described: dict[str, object],
-    spec: DeviceSpec | None,
     out: Path | None,
     before: tuple[str, list] | None,
     threshold: float,
     selections: Sequence[Selection],
 ) -> None:
-    if spec is not None:
-        described["limits"] = dataclasses.asdict(spec)
     print_report(measured, described, Console())
     for line in execution.describe_left_out(left_out):
         typer.echo(line)

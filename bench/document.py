@@ -73,9 +73,7 @@ def _cells(group: tuple[str, ...], rows: Sequence[Row]) -> list[str]:
 def _describe(where: Mapping[str, object]) -> str:
     parts = [str(where["device"])]
     if "gpu" in where:
-        parts.append(
-            f"driver {where['driver']}, CUDA {where['cuda']}, cuDNN {where['cudnn']}, triton {where['triton']}"
-        )
+        parts += [f"{name} {where[name]}" for name in ("driver", "cuda", "cudnn", "triton")]
     else:
         parts.append(f"{where['threads']} thread(s), {where['torch_capability']}")
     parts.append(f"torch {where['torch']}, Python {where['python']}, commit {str(where['commit'])[:12]}")

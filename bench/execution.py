@@ -17,6 +17,7 @@ from .measure import measured
 from .rows import Key, Row
 from .runner import Job, Selection
 
+SAVE_EVERY = 15.0
 # Earlier is more important: what inference does, as it does it, first.
 _ORDER = {
     "mode": ("forward", "full", "backward"),
@@ -54,11 +55,19 @@ def by_importance(work: Sequence[Job]) -> list[Job]:
 
 
 def run(
-    work: Sequence[Job], seconds: float | None = None, *, clock: Callable[[], float] = time.monotonic
+    work: Sequence[Job],
+    seconds: float | None = None,
+    *,
+    save: Callable[[Sequence[Row]], object] = lambda rows: None,
+    clock: Callable[[], float] = time.monotonic,
 ) -> tuple[list[Row], list[Key]]:
-    """The rows, and the keys of those that were left out because `seconds` were over (never without a limit)."""
+    """The rows, and the keys of those that were left out because `seconds` were over (never without a limit).
+
+    `save` is called with all rows so far every `SAVE_EVERY` seconds: what breaks later costs no more than that.
+    """
     if seconds is not None:
         work = by_importance(work)
+    saved = clock()
     end = float("inf") if seconds is None else clock() + seconds
     rows: list[Row] = []
     left_out: list[Key] = []
@@ -76,6 +85,9 @@ def run(
                     if clock() >= end:
                         break
             left_out += job.keys[done:]
+            if clock() - saved >= SAVE_EVERY:
+                save(rows)
+                saved = clock()
     return rows, left_out
 
 
