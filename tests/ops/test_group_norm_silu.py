@@ -442,12 +442,12 @@ def test_environment_chooses_per_op_before_all_ops_and_the_argument_before_both(
     assert explain("group_norm_silu", x, 4).backend == "reference"
     assert explain("group_norm_silu", x, 4, backend="cpu").backend == "cpu"
     monkeypatch.setenv("FASTDISTILL_BACKEND", "group_norm_slu=reference")
-    with pytest.raises(BackendError, match="unknown op 'group_norm_slu'; known: group_norm_silu"):
+    with pytest.raises(BackendError, match=r"unknown op 'group_norm_slu'; known: .*group_norm_silu"):
         group_norm_silu(x, 4)
 
 
 def test_explain_refuses_an_unknown_op():
-    with pytest.raises(ValueError, match="op='group_norm': unknown; known ops: group_norm_silu"):
+    with pytest.raises(ValueError, match=r"op='group_norm': unknown; known ops: .*group_norm_silu"):
         explain("group_norm", torch.randn(1, 8, 4, 4), 4)
 
 
