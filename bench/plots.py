@@ -112,6 +112,8 @@ def _roofline(axes: Axes, rows: Sequence[Row]) -> None:
     ends = min(row.limit.us for row in rows) / 2, 2 * max(row.limit.us for row in rows)
     for percent, style in ((100, "-"), (50, "--"), (10, ":")):
         axes.plot(ends, [end * 100 / percent for end in ends], style, color="gray", linewidth=0.9)
-        axes.annotate(f"{percent} %", (ends[0], ends[0] * 100 / percent), color="gray", fontsize="small", ha="right")
+        axes.annotate(
+            f"{percent} %", (ends[1], ends[1] * 100 / percent), color="gray", fontsize="small", ha="right", va="bottom"
+        )
     axes.set(xscale="log", yscale="log", xlabel="least time, us (roofline)", ylabel="measured, us")
     axes.set_title("every row against the roofline of its machine", fontsize="medium", loc="left")

@@ -112,12 +112,18 @@ def test_a_command_past_its_limit_is_killed_and_its_output_kept(gpu_check, tmp_p
     assert ran.outcome().startswith("stopped after 3 s")
 
 
-def test_the_kernels_that_are_sanitized_are_those_of_every_op(gpu_check):
-    from fastdistill.bench.benchmark import OPS
+def test_what_is_sanitized_calls_every_op_in_every_layout_on_odd_sizes_too(gpu_check, tmp_path):
+    from fastdistill.bench.benchmark import OPS, load
 
-    for op in OPS:
-        assert f'"{op}": (' in gpu_check.KERNELS
-    compile(gpu_check.KERNELS, "kernels", "exec")
+    on_cpu = gpu_check.KERNELS.replace('"cuda"', '"cpu"').replace("torch.cuda.synchronize()", "pass")
+    ran = gpu_check.execute([sys.executable, "-c", on_cpu], tmp_path / "log", 120)
+    assert ran.code == 0, ran.text
+    calls = [line.split() for line in ran.text.splitlines()]
+    for op in map(load, OPS):
+        assert {(layout, dtype) for name, _, dtype, layout in calls if name == op.op} == {
+            (layout, dtype) for layout in op.layouts for dtype in ("torch.float32", "torch.bfloat16")
+        }
+        assert {shape for name, shape, _, _ in calls if name == op.op} - {case.name for case in op.cases}
 
 
 def test_the_providers_it_asks_for_exist(gpu_check):
