@@ -1,6 +1,6 @@
 """Which tile serves a problem. The choice depends on shapes alone: the same call sums in the same order on every GPU.
 
-A tile is rows times columns. A row's columns are held in two parts, a power of two (`head`) and the next smaller one that
+A tile is rows times columns. A row's columns are held in two parts, a power of two (`head`) and the smallest one that
 covers the rest (`tail`, 0 for none): 320 = 256 + 64, 640 = 512 + 128, 1280 = 1024 + 256 without a wasted lane, where a
 single power of two wastes 3 of 8.
 """
@@ -13,9 +13,10 @@ import torch
 import triton
 
 # Columns of a row that stays in registers, 16 warps at most. The backward keeps four values per column (xhat, w dy and
-# two sums), the forward one. Longer rows are read twice, in blocks.
+# two sums), the forward one; 8192 unaligned float32 columns spill up to 136 bytes per thread in the backward. Longer
+# rows are read twice, in blocks.
 MAX_WHOLE_FORWARD = 16384
-MAX_WHOLE_BACKWARD = 8192
+MAX_WHOLE_BACKWARD = 6144
 BLOCK = 4096  # columns of a block of a longer row
 BLOCK_WARPS = 8
 
@@ -26,8 +27,8 @@ ELEMENTS_PER_WARP = 512  # 16 per thread: enough loads in flight without making 
 # on each of 132 multiprocessors. Each leaves one partial sum per column.
 WARPS_PER_WAVE = 2048
 
-SUM_BLOCK = {"BLOCK_P": 128, "BLOCK_C": 16}  # partial sums, columns
-SUM_WARPS = 8
+SUM_BLOCK = {"BLOCK_P": 64, "BLOCK_C": 16}  # partial sums, columns
+SUM_WARPS = 4
 
 
 def row_stride(t: torch.Tensor) -> int:
@@ -50,8 +51,8 @@ class Tile:
 def choose_tile(rows: int, columns: int, max_columns: int) -> Tile | None:
     """The tile of whole rows; None where a row does not fit."""
     head, tail = triton.next_power_of_2(columns), 0
-    # Two parts where the rest of a single one would be more than a quarter empty.
-    if 4 * columns < 3 * head:
+    # Two parts where a quarter of a single one would be empty.
+    if 4 * columns <= 3 * head:
         head //= 2
         tail = triton.next_power_of_2(columns - head)
     if head + tail > max_columns:
