@@ -85,78 +85,93 @@ def bench(
         modes, dtypes = _choices("--mode", mode, tuple(MODES)), _choices("--dtype", dtype, tuple(DTYPES))
         cases = benchmark.select_cases(chosen, None if shapes == ALL else _split("--shapes", shapes))
         if device_spec is not None:
-            spec = devices.find(device_spec)
-            print_predictions([*zip(chosen, cases)], modes, dtypes, spec, Console())
+            _predict(device_spec, [*zip(chosen, cases)], modes, dtypes)
             return
         _check_device(device, needed=not dry_run)
         caches = ("hot",) if cache is None and device == "cpu" else _choices("--cache", cache or ALL, CACHES[device])
         wanted = benchmark.select_providers(chosen, None if providers is None else _split("--providers", providers))
         layouts = benchmark.select_layouts(chosen, None if layout == ALL else _split("--layout", layout))
         samples = pairs or PAIRS[device]
-        before = None if baseline is None else _read_baseline(baseline)
-        for option, directory in (("--out", out), ("--profile", profile)):
-            if directory is not None:
-                _check_writable(option, directory)
+        before = None if baseline is None else (str(baseline), _read("--baseline", baseline))
+        _check_outputs(out, profile)
         gpu = execution.open_gpu() if device == "cuda" and not dry_run else None
         selections = [
             Selection(op, of, by, modes, dtypes, lying, caches, device, samples, gpu)
             for op, of, by, lying in zip(chosen, cases, wanted, layouts)
             if of and by and lying
         ]
+        if budget is not None:
+            selections = [tier for selection in selections for tier in selection.tiers()]
+        whole = execution.whole_jobs([name for name in names if name in WHOLE], device, samples, gpu)
         if profile is not None:
             _profile(selections, profile)
             return
-        whole = [name for name in names if name in WHOLE]
-        if budget is not None:
-            selections = [tier for selection in selections for tier in selection.tiers()]
         if dry_run:
-            _list_rows([*execution.jobs(selections), *execution.whole_jobs(whole, device, samples, None)])
+            _list_rows([*whole, *execution.jobs(selections)])
             return
         described = environment.describe(device)
-        spec = execution.limits(device) if selections else None
-        selections = [dataclasses.replace(selection, spec=spec) for selection in selections]
-        work = [*execution.whole_jobs(whole, device, samples, gpu), *execution.jobs(selections)]
-        remaining = None if budget is None else budget - (time.monotonic() - started)
-        if spec is not None:
+        if selections:
+            spec = execution.limits(device)
             described["limits"] = dataclasses.asdict(spec)
-        save = (lambda so_far: None) if out is None else (lambda so_far: rows.write_jsonl(so_far, described, out))
-        measured, left_out = execution.run(work, remaining, save=save)
+            selections = [dataclasses.replace(selection, spec=spec) for selection in selections]
+        measured, left_out = execution.run(
+            [*whole, *execution.jobs(selections)],
+            None if budget is None else budget - (time.monotonic() - started),
+            save=(lambda _: None) if out is None else (lambda so_far: rows.write_jsonl(so_far, described, out)),
+        )
     except (_UsageError, benchmark.UnknownName, devices.UnknownDevice, BackendError) as error:
         typer.echo(f"error: {error}", err=True)  # the last from FASTDISTILL_BACKEND
         raise typer.Exit(EXIT_USAGE) from None
-    _finish(measured, left_out, described, out, before, threshold, selections)
-
-
-def _finish(
-    measured: list[rows.Row],
-    left_out: list[rows.Key],
-    described: dict[str, object],
-    out: Path | None,
-    before: tuple[str, list] | None,
-    threshold: float,
-    selections: Sequence[Selection],
-) -> None:
     print_report(measured, described, Console())
     for line in execution.describe_left_out(left_out):
         typer.echo(line)
     if out is not None:
-        path = rows.write_jsonl(measured, described, out)
-        typer.echo(f"{len(measured)} rows written to {path}")
-        _plot(path, out)
-    failed = False
-    if before is not None:
-        name, then = before
-        found = changes.changes(measured, described, then)
-        for line in changes.describe(found, threshold, name):
-            typer.echo(line)
-        failed = changes.regressed(found, threshold)
+        _write(measured, described, out)
+    slower = before is not None and _compare(measured, described, *before, threshold)
+    if _failed(measured, selections) or slower:
+        raise typer.Exit(EXIT_FAILED)
+
+
+def _predict(
+    device: str,
+    chosen: Sequence[tuple[benchmark.Benchmark, Sequence[benchmark.Case]]],
+    modes: Sequence[str],
+    dtypes: Sequence[str],
+) -> None:
+    if not chosen:
+        raise _UsageError(f"--device-spec predicts for ops, not for {', '.join(WHOLE)}")
+    print_predictions(chosen, modes, dtypes, devices.find(device), Console())
+
+
+def _write(measured: list[rows.Row], described: dict[str, object], out: Path) -> None:
+    from . import plots
+
+    path = rows.write_jsonl(measured, described, out)
+    typer.echo(f"{len(measured)} rows written to {path}")
+    try:
+        pictures = plots.draw(path, out)
+    except plots.NoMatplotlib as error:
+        typer.echo(f"no plots: {error}", err=True)
+    else:
+        typer.echo(f"{len(pictures)} plots written to {out}")
+
+
+def _compare(measured: list[rows.Row], described: dict[str, object], name: str, before: list, threshold: float) -> bool:
+    """Whether anything became slower."""
+    found = changes.changes(measured, described, before)
+    for line in changes.describe(found, threshold, name):
+        typer.echo(line)
+    return changes.regressed(found, threshold)
+
+
+def _failed(measured: Sequence[rows.Row], selections: Sequence[Selection]) -> bool:
+    """Peers may be wrong, or not work."""
     peers = {(s.benchmark.op, provider.name) for s in selections for provider in s.providers if provider.peer}
     ours = [row for row in measured if (row.key.op, row.key.provider) not in peers]
-    if all(row.status in ("missing", "raised") for row in measured):
+    nothing = all(row.speed is None for row in measured)
+    if nothing:
         typer.echo("error: nothing was measured; the reasons stand above", err=True)
-        failed = True
-    if failed or any(row.status in ("failed", "raised") for row in ours):
-        raise typer.Exit(EXIT_FAILED)
+    return nothing or any(row.status in ("failed", "raised") for row in ours)
 
 
 def _names(ops: Sequence[str] | None, device_spec: str | None) -> list[str]:
@@ -196,38 +211,34 @@ def _check_device(device: str, needed: bool) -> None:
         )
 
 
-def _check_writable(option: str, directory: Path) -> None:
+def _check_outputs(out: Path | None, profile: Path | None) -> None:
     """Before minutes of measuring, not after."""
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=directory).close()
-    except OSError as error:
-        raise _UsageError(f"{option}: cannot write to {directory}: {error.strerror}") from error
+    for option, directory in (("--out", out), ("--profile", profile)):
+        if directory is None:
+            continue
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=directory).close()
+        except OSError as error:
+            raise _UsageError(f"{option}: cannot write to {directory}: {error.strerror}") from error
+    if out is not None and (out / rows.RESULTS).exists():
+        _read("--out", out / rows.RESULTS)  # what it holds is kept
 
 
-def _read_baseline(path: Path) -> tuple[str, list]:
+def _read(option: str, path: Path) -> list:
     try:
-        return str(path), rows.read_jsonl(path)
+        return rows.read_jsonl(path)
     except OSError as error:
-        raise _UsageError(f"--baseline: cannot read {path}: {error.strerror}") from error
+        raise _UsageError(f"{option}: cannot read {path}: {error.strerror}") from error
     except ValueError as error:
-        raise _UsageError(f"--baseline: {error}") from error
-
-
-def _plot(results: Path, directory: Path) -> None:
-    from . import plots
-
-    try:
-        pictures = plots.draw(results, directory)
-    except plots.NoMatplotlib as error:
-        typer.echo(f"no plots: {error}", err=True)
-    else:
-        typer.echo(f"{len(pictures)} plots written to {directory}")
+        raise _UsageError(f"{option}: {error}") from error
 
 
 def _profile(selections: Sequence[Selection], directory: Path) -> None:
     from .profiling import profile
 
+    if not selections:
+        raise _UsageError(f"--profile calls ops, not {', '.join(WHOLE)}")
     path, names = profile(selections, directory)
     for name in names:
         typer.echo(name)

@@ -16,13 +16,15 @@ class UnknownDevice(ValueError):
 
 @dataclass(frozen=True)
 class DeviceSpec:
-    """Attributes:
-    name: of the device.
-    copy_gb_s: bytes read plus bytes written per second by a copy of something larger than every cache, in 1e9.
-    matmul_tflop_s: of large matrix products, by dtype ("bfloat16"), in 1e12.
-    launch_us: of an empty kernel inside a CUDA graph; None where nobody measured it.
-    l2_bytes, multiprocessors, shared_memory_bytes: of the chip, per multiprocessor the last; None where unknown.
-    source: who says so.
+    """The figures of one device.
+
+    Attributes:
+        name: of the device.
+        copy_gb_s: bytes read plus bytes written per second by a copy of something larger than every cache, in 1e9.
+        matmul_tflop_s: of large matrix products, by dtype ("bfloat16"), in 1e12.
+        launch_us: of an empty kernel inside a CUDA graph; None where nobody measured it.
+        l2_bytes, multiprocessors, shared_memory_bytes: of the chip, per multiprocessor the last; None where unknown.
+        source: who says so.
     """
 
     name: str

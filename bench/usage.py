@@ -16,10 +16,11 @@ _OURS_AND_TORCHS = ("aten::", "fastdistill::")
 
 @dataclass(frozen=True)
 class Usage:
-    """Attributes:
-    peak_bytes: allocated at most at one time beyond the inputs, the results included; None if it cannot be told.
-    launches: on a GPU kernels, copies and fills per call; on a CPU ops called from outside any other. None if it
-        cannot be told.
+    """What one call takes; None where it cannot be told.
+
+    Attributes:
+        peak_bytes: allocated at most at one time beyond the inputs, the results included.
+        launches: on a GPU kernels, copies and fills per call; on a CPU ops called from outside any other.
     """
 
     peak_bytes: int | None = None

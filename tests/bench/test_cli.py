@@ -222,3 +222,18 @@ def test_both_sides_of_an_update_compute_the_same_losses():
     for name, loss in mine.items():
         assert loss > 1e-6  # a fake score that equals its teacher would give nothing to compare
         assert torch.isclose(loss, theirs[name], rtol=1e-3)
+
+
+def test_a_results_file_that_cannot_be_merged_into_is_refused_before_anything_runs(tmp_path):
+    (tmp_path / rows.RESULTS).write_text("hello\n")
+    result = run("group_norm_silu", *TINY, "--out", tmp_path)
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: --out: ")
+    assert (tmp_path / rows.RESULTS).read_text() == "hello\n"
+
+
+@pytest.mark.parametrize("option", ["--device-spec=h200", "--profile={}"])
+def test_a_whole_program_has_neither_a_roofline_nor_a_profile_here(tmp_path, option):
+    result = run("engine", option.format(tmp_path))
+    assert result.exit_code == 2
+    assert "engine, training" in result.stderr
