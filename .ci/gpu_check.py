@@ -128,7 +128,7 @@ def test(logs: Path, limit: float) -> Step:
     lines += [f"    {name}" for name in failures[:20]]
     if len(failures) > 20:
         lines.append(f"    and {len(failures) - 20} more in logs.tar")
-    return Step("test", ran.code != 0, ran.seconds, lines)
+    return Step("test", ran.code != 0 or not counts["PASSED"], ran.seconds, lines)
 
 
 def outcomes(log: str) -> dict[str, str]:
@@ -176,7 +176,10 @@ def bench(logs: Path, limit: float, place: Path) -> Step:
         log = logs / f"bench-{'-'.join(ops)}.log"
         ran = execute([sys.executable, "-m", "fastdistill.bench", *ops, *options], log, seconds + 90)
         step.lines.append(f"bench {' '.join(ops)}: {ran.outcome()} in {ran.seconds:.0f} s")
-        step.lines += [f"    {line}" for line in ran.text.splitlines() if "rows were left out" in line]
+        telling = [line for line in ran.text.splitlines() if "rows were left out" in line or "FAILED" in line]
+        if ran.code != 0:
+            telling += ran.text.strip().splitlines()[-1:]
+        step.lines += [f"    {line[:300]}" for line in telling[:8]]
         step.failed |= ran.code != 0
     step.seconds = time.monotonic() - start
     return step
@@ -223,7 +226,7 @@ def write(out: Path, logs: Path, place: Path, versions: str, steps: Sequence[Ste
     """The files of DIR, as far as the steps have come."""
     lines = ["# GPU check", "", *versions.splitlines(), ""]
     for step in steps:
-        verdict = "FAILED" if step.failed else "passed"
+        verdict = "FAILED" if step.failed else "passed" if step.seconds else "not run"
         lines += [f"## {step.name}: {verdict} ({step.seconds:.0f} s)", "", *(f"- {line}" for line in step.lines), ""]
     results = place / "results.jsonl"
     if any(step.name == "bench" for step in steps):
