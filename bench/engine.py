@@ -29,7 +29,7 @@ _SEEDS = range(4)
 def jobs(device: str, pairs: int, gpu: Gpu | None = None) -> list[Job]:
     """One job of two rows: the prompt known from the call before, or new. float32, batch 1, one step."""
     keys = tuple(Key(NAME, MODEL, mode, "float32", "-", "-", device, "fastdistill") for mode in MODES)
-    return [Job(keys, lambda: _rows(keys, device, pairs, gpu))]
+    return [Job(keys, BASELINE, lambda: _rows(keys, device, pairs, gpu))]
 
 
 def _rows(keys: tuple[Key, ...], device: str, pairs: int, gpu: Gpu | None) -> Iterator[Row]:

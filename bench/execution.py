@@ -5,17 +5,19 @@ from __future__ import annotations
 import importlib
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from fastdistill.ops import BackendError
+
 from .devices import DeviceSpec
 from .gpu import Gpu
 from .measure import measured
 from .rows import Key, Row
-from .runner import Job, Selection
+from .runner import Job, Selection, raised
 
 SAVE_EVERY = 15.0
 # Earlier is more important: what inference does, as it does it, first.
@@ -78,7 +80,7 @@ def run(
         for job in work:
             done = 0
             if clock() < end:
-                for row in job.rows():
+                for row in _measure(job):
                     rows.append(row)
                     done += 1
                     bar.update(task, advance=1, description=" ".join((*row.key.group, row.key.case)))
@@ -89,6 +91,20 @@ def run(
                 save(rows)
                 saved = clock()
     return rows, left_out
+
+
+def _measure(job: Job) -> Iterator[Row]:
+    """What a job yields; if it breaks, rows that say so for the rest of its keys."""
+    done = 0
+    try:
+        for row in job.rows():
+            done += 1
+            yield row
+    except BackendError:
+        raise  # asked for by the user's own environment
+    except Exception as error:
+        for key in job.keys[done:]:
+            yield raised(key, job.baseline, error)
 
 
 def describe_left_out(left_out: Sequence[Key]) -> list[str]:

@@ -38,9 +38,11 @@ _SEED = 0
 
 @dataclass(frozen=True)
 class Job:
-    """Rows that share their inputs: `rows()` measures and yields one for each of `keys`, in order."""
+    """Rows that share their inputs: `rows()` measures and yields one for each of `keys`, in order, timed against
+    `baseline`."""
 
     keys: tuple[Key, ...]
+    baseline: str
     rows: Callable[[], Iterator[Row]]
 
 
@@ -68,7 +70,7 @@ class Selection:
     def jobs(self) -> list[Job]:
         """One per mode, dtype, layout and case, in this order."""
         return [
-            Job(keys, lambda keys=keys, case=case: _rows(self, case, keys))
+            Job(keys, self.benchmark.baseline.name, lambda keys=keys, case=case: _rows(self, case, keys))
             for mode, dtype, layout, case in itertools.product(self.modes, self.dtypes, self.layouts, self.cases)
             for keys in [
                 tuple(
@@ -94,6 +96,12 @@ def run(selection: Selection) -> Iterator[Row]:
         yield from job.rows()
 
 
+def raised(key: Key, baseline: str, error: Exception) -> Row:
+    """The row of a provider that raised."""
+    reason = f"raised {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return Row(key, baseline, missing=reason, raised=True)
+
+
 def _rows(s: Selection, case: Case, keys: tuple[Key, ...]) -> Iterator[Row]:
     torch.manual_seed(_SEED)
     measurement = _Measurement(s, case, keys[0])
@@ -105,8 +113,8 @@ def _rows(s: Selection, case: Case, keys: tuple[Key, ...]) -> Iterator[Row]:
         except BackendError:
             raise  # asked for by the user's own environment
         except Exception as error:  # a defect of one must not cost the figures of all others
-            reason = f"raised {type(error).__name__}: {' '.join(str(error).split())[:300]}"
-            row = Row(key, s.benchmark.baseline.name, missing=reason, raised=not provider.peer, note=provider.note)
+            row = raised(key, s.benchmark.baseline.name, error)
+            row = dataclasses.replace(row, raised=not provider.peer, note=provider.note)
         yield row
         if s.gpu is not None:
             s.gpu.release()

@@ -38,7 +38,7 @@ Losses = dict[str, Tensor]
 def jobs(device: str, pairs: int, gpu: Gpu | None = None) -> list[Job]:
     """One row: float32, a batch of 16, one student and one fake-score update, optimisers included."""
     key = Key(NAME, f"{MODEL} x{_BATCH}", "dmd update", "float32", "-", "-", device, "fastdistill")
-    return [Job((key,), lambda: _rows(key, device, pairs, gpu))]
+    return [Job((key,), BASELINE, lambda: _rows(key, device, pairs, gpu))]
 
 
 def _rows(key: Key, device: str, pairs: int, gpu: Gpu | None) -> Iterator[Row]:

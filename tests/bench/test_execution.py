@@ -26,7 +26,7 @@ def job(clock, *cases, seconds=1.0, **settings):
             clock.now += seconds
             yield row
 
-    return Job(tuple(row.key for row in rows), measure)
+    return Job(tuple(row.key for row in rows), "torch", measure)
 
 
 def cases_of(rows):
@@ -56,6 +56,27 @@ def test_a_job_is_left_between_two_of_its_rows():
     rows, left_out = run([job(clock, "a", "b", "c")], 1.5, clock=clock)
     assert cases_of(rows) == ["a", "b"]
     assert [each.case for each in left_out] == ["c"]
+
+
+def test_a_job_that_breaks_costs_its_own_rows_only():
+    clock = Clock()
+
+    def broken():
+        yield measured(1.5, case="a")
+        raise RuntimeError("out of\nmemory")
+
+    rows, left_out = run([Job((key(case="a"), key(case="b")), "torch", broken), job(clock, "c")], clock=clock)
+    assert cases_of(rows) == ["a", "b", "c"]
+    assert [row.status for row in rows] == ["ok", "raised", "ok"]
+    assert rows[1].missing == "raised RuntimeError: out of memory"
+    assert left_out == []
+
+
+def test_what_was_measured_is_saved_on_the_way():
+    clock, saved = Clock(), []
+    work = [job(clock, "a", seconds=10), job(clock, "b", seconds=10), job(clock, "c", seconds=10)]
+    run(work, save=lambda rows: saved.append(cases_of(rows)), clock=clock)
+    assert saved == [["a", "b"]]  # after 20 of 15 seconds, and not again within the next 15
 
 
 def test_no_time_at_all_leaves_everything_out():
