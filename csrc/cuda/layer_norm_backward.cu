@@ -156,9 +156,9 @@ __global__ void __launch_bounds__(kWarpRow ? kRowsPerBlock* kWarp : kMaxBlockThr
   }
 }
 
-// A row too long for registers is read twice, and the sums over the rows lie in the block's own part of `partial`.
+// A row too long for registers, or without vectors, is read twice, and the sums over the rows lie in the block's own part of `partial`.
 template <typename T, int V>
-__global__ void __launch_bounds__(kLoopThreads) loop_kernel(const Backward b) {
+__global__ void __launch_bounds__(kMaxBlockThreads) loop_kernel(const Backward b) {
   __shared__ float scratch[3 * kWarp];
   const int first = static_cast<int>(threadIdx.x) * V, step = static_cast<int>(blockDim.x) * V;
   float* const own = b.partial == nullptr ? nullptr : b.partial + int64_t{blockIdx.x} * 2 * b.columns;
@@ -166,6 +166,7 @@ __global__ void __launch_bounds__(kLoopThreads) loop_kernel(const Backward b) {
     const T *dys = b.grad_y.row<T>(row), *ss = b.s.row<T>(row);
     RowSums r(b, row);
     float sums[3] = {}, weight[V];
+#pragma unroll 2
     for (int c = first; c < b.columns; c += step) {
       const Vector<T, V> dy = load_vector<V>(dys + c), s = load_vector<V>(ss + c);
       b.weight.read<T>(c, 1.0f, weight);
@@ -179,6 +180,7 @@ __global__ void __launch_bounds__(kLoopThreads) loop_kernel(const Backward b) {
     }
     sum_over_row<false>(sums, scratch);
     r.finish(b, sums);
+#pragma unroll 2
     for (int c = first; c < b.columns; c += step) {
       const Vector<T, V> dy = load_vector<V>(dys + c), s = load_vector<V>(ss + c);
       b.weight.read<T>(c, 1.0f, weight);
@@ -221,9 +223,11 @@ __global__ void __launch_bounds__(kSumColumns* kSumRows)
 template <typename T, int V, bool kSums>
 void run(const Backward& b, const Plan& plan, cudaStream_t stream) {
   void (*kernel)(Backward) = loop_kernel<T, V>;
-  if (plan.kind == Kind::kBlock) kernel = held_kernel<T, V, kBlockElements, false, kSums>;
-  if (plan.kind == Kind::kWarp)
-    kernel = plan.elements == 16 ? held_kernel<T, V, 16, true, kSums> : held_kernel<T, V, 24, true, kSums>;
+  if constexpr (V > 1) {
+    if (plan.kind == Kind::kBlock) kernel = held_kernel<T, V, kBlockElements, false, kSums>;
+    if (plan.kind == Kind::kWarp)
+      kernel = plan.elements == 16 ? held_kernel<T, V, 16, true, kSums> : held_kernel<T, V, 24, true, kSums>;
+  }
   launch("layer_norm_backward", kernel, plan.blocks, plan.threads, 0, stream, b);
 }
 

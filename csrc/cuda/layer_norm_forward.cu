@@ -1,5 +1,5 @@
 // layer_norm forward on CUDA, one launch: a warp or a block holds a row in registers and reads it once; a row too long for
-// a block is walked three times. Two passes over the row for mean and variance, never E[x^2] - E[x]^2.
+// a block, or without vectors, is walked three times. Two passes for mean and variance, never E[x^2] - E[x]^2.
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
@@ -106,12 +106,13 @@ __global__ void __launch_bounds__(kWarpRow ? kRowsPerBlock* kWarp : kMaxBlockThr
 }
 
 template <typename T, int V>
-__global__ void __launch_bounds__(kLoopThreads) loop_kernel(const Forward f) {
+__global__ void __launch_bounds__(kMaxBlockThreads) loop_kernel(const Forward f) {
   __shared__ float scratch[2 * kWarp];
   const int64_t row = blockIdx.x;
   const int first = static_cast<int>(threadIdx.x) * V, step = static_cast<int>(blockDim.x) * V;
   const T* const from = f.s == nullptr ? f.x.row<T>(row) : static_cast<const T*>(f.s) + row * f.columns;
   float total[1] = {};
+#pragma unroll 2
   for (int c = first; c < f.columns; c += step) {
     const Vector<T, V> u = load_sum<T, V>(f, row, c);
 #pragma unroll
@@ -120,6 +121,7 @@ __global__ void __launch_bounds__(kLoopThreads) loop_kernel(const Forward f) {
   sum_over_row<false>(total, scratch);
   const float mean = total[0] / f.columns;
   float moments[2] = {};
+#pragma unroll 2
   for (int c = first; c < f.columns; c += step) {  // of s, each thread reads what it has written itself
     const Vector<T, V> u = load_vector<V>(from + c);
 #pragma unroll
@@ -131,6 +133,7 @@ __global__ void __launch_bounds__(kLoopThreads) loop_kernel(const Forward f) {
   }
   sum_over_row<false>(moments, scratch);
   const Statistics s(f, mean, moments);
+#pragma unroll 2
   for (int c = first; c < f.columns; c += step) store_normalised<T, V>(f, row, c, load_vector<V>(from + c), s);
   if (threadIdx.x == 0) {
     f.mean[row] = mean + s.drift;
@@ -142,11 +145,13 @@ template <typename T, int V>
 void run(const Forward& f, cudaStream_t stream) {
   const Plan plan = plan_forward(f.rows, f.columns, V);
   void (*kernel)(Forward) = loop_kernel<T, V>;
-  if (plan.kind == Kind::kBlock) kernel = held_kernel<T, V, kBlockElements, false>;
-  if (plan.kind == Kind::kWarp)
-    kernel = plan.elements == 16   ? held_kernel<T, V, 16, true>
-             : plan.elements == 24 ? held_kernel<T, V, 24, true>
-                                   : held_kernel<T, V, 40, true>;
+  if constexpr (V > 1) {
+    if (plan.kind == Kind::kBlock) kernel = held_kernel<T, V, kBlockElements, false>;
+    if (plan.kind == Kind::kWarp)
+      kernel = plan.elements == 16   ? held_kernel<T, V, 16, true>
+               : plan.elements == 24 ? held_kernel<T, V, 24, true>
+                                     : held_kernel<T, V, 40, true>;
+  }
   launch("layer_norm", kernel, plan.blocks, plan.threads, 0, stream, f);
 }
 

@@ -13,7 +13,7 @@ constexpr int kRowsPerBlock = 4;  // where a warp has a row to itself
 enum class Kind {
   kWarp,   // a warp holds a row in its registers, a block has four
   kBlock,  // a block holds a row in its registers
-  kLoop,   // a block walks a row as often as it needs it
+  kLoop,   // a block walks a row as often as it needs it: one too long, or without vectors
 };
 
 struct Plan {
@@ -25,24 +25,22 @@ struct Plan {
 
 constexpr int64_t blocks_over(int64_t count, int64_t each) { return (count + each - 1) / each; }
 
-// What a thread holds: whole vectors of `vector` elements.
-constexpr int64_t held_by(int64_t columns, int vector, int threads) {
-  return blocks_over(columns / vector, threads) * vector;
-}
-
 // 320 columns are 16 elements per thread of a warp (10 in vectors of 8), 640 are 24, 1280 are 40: one vector of 16 bytes
 // for each. A block's threads have 16 each: with more than 512 of them, the registers do not suffice.
 constexpr int kBlockElements = 16;
 constexpr int kMaxBlockThreads = 512;
-constexpr int kLoopThreads = 512;
 
 inline Plan plan_rows(int64_t columns, int vector, std::initializer_list<int> warp_elements) {
-  for (const int elements : warp_elements)
-    if (held_by(columns, vector, kWarpThreads) <= elements)
-      return {Kind::kWarp, elements, kRowsPerBlock * kWarpThreads, 0};
-  const int64_t threads = blocks_over(columns, int64_t{kBlockElements} * kWarpThreads) * kWarpThreads;
-  if (threads <= kMaxBlockThreads) return {Kind::kBlock, kBlockElements, static_cast<int>(threads), 0};
-  return {Kind::kLoop, 0, kLoopThreads, 0};
+  if (vector > 1) {
+    const int64_t vectors = columns / vector;
+    for (const int elements : warp_elements)
+      if (blocks_over(vectors, kWarpThreads) * vector <= elements)
+        return {Kind::kWarp, elements, kRowsPerBlock * kWarpThreads, 0};
+    const int64_t threads = blocks_over(columns, int64_t{kBlockElements} * kWarpThreads) * kWarpThreads;
+    if (threads <= kMaxBlockThreads) return {Kind::kBlock, kBlockElements, static_cast<int>(threads), 0};
+  }
+  const int64_t threads = blocks_over(columns, 4 * int64_t{kWarpThreads} * vector) * kWarpThreads;
+  return {Kind::kLoop, 0, static_cast<int>(std::min<int64_t>(threads, kMaxBlockThreads)), 0};
 }
 
 inline int rows_per_block(const Plan& plan) { return plan.kind == Kind::kWarp ? kRowsPerBlock : 1; }
