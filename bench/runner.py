@@ -151,13 +151,15 @@ class _Measurement:
         taken = self._time_on_cpu if s.gpu is None else self._time_on_gpu
         speed, note, launches = taken(key, ours, theirs, result_bytes)
         used = self._used(provider, ours)
+        if launches is not None:  # what a graph holds, plain calls launch too
+            used = self._usage[provider.name] = Usage(used.peak_bytes, launches)
         return Row(
             key,
             baseline.name,
             speed,
             errors,
             limit=s.spec and limit(s.benchmark.cost(self.case, self.dtype, self.mode), self.dtype, s.spec),
-            usage=used if launches is None else Usage(used.peak_bytes, launches),
+            usage=used,
             note="; ".join(filter(None, (provider.note, note))),
         )
 

@@ -181,6 +181,11 @@ def test_eager_is_timed_with_events():
     assert (row.speed.how, row.speed.ratio, row.usage.launches) == ("events", 3, None)
 
 
+def test_plain_calls_launch_what_was_counted_in_the_graph():
+    hot, eager = rows_on(FakeGpu(), ("hot", "eager"))[0]
+    assert (eager.speed.how, eager.usage) == ("events", hot.usage)
+
+
 def test_inputs_are_random_and_never_zeros():
     inputs = group_norm_silu.BENCHMARK.setup(
         group_norm_silu.BENCHMARK.cases[0], torch.bfloat16, "channels_last", torch.device("cpu")
