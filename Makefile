@@ -20,10 +20,10 @@ PIP := $(PY) -m pip --disable-pip-version-check
 
 SOURCES := pyproject.toml setup.py $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
 
-.PHONY: help demo test test-fast lint format bench wheel check-wheel abi-check clean
+.PHONY: help demo test test-fast lint format bench gpu-check document wheel check-wheel abi-check clean
 help:
 	@sed -n '/^# Everything/,/^$$/p' Makefile | sed 's/^# \{0,1\}//'
-	@echo "Targets: demo test test-fast lint format bench wheel check-wheel abi-check clean"
+	@echo "Targets: demo test test-fast lint format bench gpu-check document wheel check-wheel abi-check clean"
 
 # Installed editable, with the libraries built in place; again whenever a source of theirs changes.
 $(STAMP): $(SOURCES)
@@ -56,7 +56,17 @@ format: $(STAMP)
 	$(PY) -m ruff format .
 
 bench: $(STAMP)
-	$(PY) -m fastdistill.bench group_norm_silu
+	$(PY) -m fastdistill.bench all
+
+# On a machine with a GPU, without network: builds, tests, sanitizes, measures; OUT holds four files. DRY_RUN=1 elsewhere.
+#   STEPS=build,test,sanitize,bench   those of them to do      ARGS=…   see .ci/gpu_check.py --help
+OUT ?= gpu-check
+gpu-check:
+	$(PY) .ci/gpu_check.py --out "$(OUT)" $(if $(DRY_RUN),--dry-run) $(if $(STEPS),--steps $(STEPS)) $(ARGS)
+
+# The tables of docs/benchmarks.md, from bench/results.
+document: $(STAMP)
+	$(PY) -m fastdistill.bench.document
 
 # One wheel for every Python >= 3.10 and every torch >= 2.10 on Linux.
 wheel: $(STAMP)

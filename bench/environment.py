@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import datetime
 import platform
+import re
 import subprocess
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 
 import torch
 
-from fastdistill import _native
+from fastdistill import _native, info
 
 _ROOT = Path(__file__).resolve().parent.parent
 
 
-def describe() -> dict[str, object]:
-    """JSON-able; None where a thing is not known here."""
+def describe(device: str = "cpu") -> dict[str, object]:
+    """JSON-able; None where a thing is not known here. With the GPU, its driver and libraries if that is the device."""
     library = _native.cpu_library()
     return {
+        "device": cpu_model() if device == "cpu" else torch.cuda.get_device_name(),
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "fastdistill": _version("fastdistill"),
         "commit": commit(_ROOT),
@@ -31,7 +34,27 @@ def describe() -> dict[str, object]:
         "last_level_cache_bytes": last_level_cache_bytes(),
         "capability": library.detail or f"none: {library.problem}",
         "torch_capability": torch.backends.cpu.get_cpu_capability(),
+        **(_gpu() if device == "cuda" else {}),
     }
+
+
+def _gpu() -> dict[str, object]:
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "gpu": properties.name,
+        "compute_capability": f"{properties.major}.{properties.minor}",
+        "driver": info.collect_versions()["driver"],
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "cuda_library": _native.cuda_library().problem or _native.cuda_library().detail,
+        "allow_tf32": torch.backends.cuda.matmul.allow_tf32,
+    }
+
+
+def slug(described: Mapping[str, object], device: str) -> str:
+    """The name of a device as a folder: "cpu-amd-epyc", "nvidia-h200"."""
+    name = re.sub(r"[^a-z0-9]+", "-", str(described["device"]).lower()).strip("-")
+    return f"cpu-{name}" if device == "cpu" else name
 
 
 def commit(root: Path) -> str | None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from types import ModuleType
+
 import torch
 import torch.nn.functional as F
 
 from fastdistill.ops import group_norm_silu
 
-from . import providers
-from .benchmark import Benchmark, Case, Inputs
+from . import peers, providers
+from .benchmark import Benchmark, Case, Inputs, cases
+from .roofline import Cost, pointwise
 
 OP = "group_norm_silu"
 
@@ -34,9 +39,16 @@ _SUITES = {
 }
 
 
-def _cases() -> tuple[Case, ...]:
-    shapes = dict.fromkeys(shape for suite in _SUITES.values() for shape in suite)
-    return tuple(Case(shape, tuple(name for name, suite in _SUITES.items() if shape in suite)) for shape in shapes)
+# Per element. Forward: statistics 4, normalising with weight and bias 4, SiLU 4. Backward: the normalised value and its
+# SiLU again 8, their derivatives 8, three sums 6, grad_x 5.
+_FLOPS = {"forward": 12, "backward": 27}
+
+
+def cost(case: Case, dtype: torch.dtype, mode: str) -> Cost:
+    """Forward reads x and writes y; backward reads grad_y and x and writes grad_x."""
+    size, channels = math.prod(case.shape), case.shape[0]
+    values = {"forward": 2 * size + 2 * channels, "backward": 3 * size + 4 * channels}
+    return pointwise(mode, dtype, values, {name: flops * size for name, flops in _FLOPS.items()})
 
 
 def setup(case: Case, dtype: torch.dtype, layout: str, device: torch.device) -> Inputs:
@@ -65,16 +77,42 @@ def eager(x: torch.Tensor, num_groups: int, weight: torch.Tensor, bias: torch.Te
     return F.silu(F.group_norm(x, num_groups, weight, bias, eps))
 
 
+def _to_the_other_layout(inputs: Inputs) -> Inputs:
+    x, grad_y = inputs.tensors["x"], inputs.grad_outputs["y"]
+    contiguous = torch.contiguous_format
+    target = contiguous if x.is_contiguous(memory_format=torch.channels_last) else torch.channels_last
+    return Inputs(
+        {**inputs.tensors, "x": x.contiguous(memory_format=target)},
+        {"y": grad_y.contiguous(memory_format=target)},
+        inputs.constants,
+    )
+
+
+def _liger(module: ModuleType) -> Callable[..., torch.Tensor]:
+    norm = module.LigerGroupNormFunction
+
+    def call(x: torch.Tensor, num_groups: int, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
+        return F.silu(norm.apply(x, weight, bias, x.shape[1], num_groups, eps))
+
+    return call
+
+
 _TORCH = providers.eager("torch", eager)
 
 BENCHMARK = Benchmark(
     op=OP,
-    cases=_cases(),
+    cases=cases(_SUITES),
     layouts=("contiguous", "channels_last"),
     setup=setup,
+    cost=cost,
     baseline=_TORCH,
-    # torch against itself shows how far two identical functions scatter here.
-    providers=(*providers.backends(OP, group_norm_silu), _TORCH, providers.compiled("torch.compile", eager)),
+    providers=(
+        *providers.backends(OP, group_norm_silu),
+        _TORCH,  # against itself: how far two identical functions scatter here
+        providers.other_layout("torch.other_layout", eager, _to_the_other_layout),
+        providers.compiled("torch.compile", eager),
+        peers.peer("liger", "liger_kernel.ops.group_norm", _liger, note="its GroupNorm, then torch's SiLU"),
+    ),
     default=providers.kernel_names(OP),
     suite_aliases={"unet": ("sd15", "sdxl")},
 )

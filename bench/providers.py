@@ -37,6 +37,11 @@ def eager(name: str, function: Callable[..., object]) -> Provider:
     return Provider(name, lambda _: function)
 
 
+def other_layout(name: str, function: Callable[..., object], convert: Callable[[Inputs], Inputs]) -> Provider:
+    """A plain function on inputs that lie in the other layout: what a model that lives in that layout gets."""
+    return Provider(name, lambda _: function, adapt=convert)
+
+
 def compiled(name: str, function: Callable[..., object]) -> Provider:
     """`torch.compile(function)`, compiled anew for each row: torch would stop compiling after a few shapes."""
 
@@ -44,7 +49,7 @@ def compiled(name: str, function: Callable[..., object]) -> Provider:
         torch.compiler.reset()
         return torch.compile(function, fullgraph=True, dynamic=False)
 
-    return Provider(name, prepare, lambda inputs: _compile_reasons(_device(inputs)))
+    return Provider(name, prepare, lambda inputs: _compile_reasons(_device(inputs)), compiled=True)
 
 
 @functools.cache

@@ -33,7 +33,11 @@ class PairTimes:
 
 @dataclass(frozen=True)
 class Speed:
-    """Medians in microseconds per call, and baseline / ours: its median and its 20 % and 80 % quantiles over pairs."""
+    """Medians in microseconds per call, and baseline / ours: its median and its 20 % and 80 % quantiles over pairs.
+
+    `ours_low_us`, `ours_high_us` are the quantiles of our time. `how` it was taken: "clock" (of the host), "graph"
+    (CUDA graph replay) or "events" (CUDA events around plain calls).
+    """
 
     ours_us: float
     baseline_us: float
@@ -41,18 +45,25 @@ class Speed:
     ratio_low: float
     ratio_high: float
     pairs: int
+    ours_low_us: float
+    ours_high_us: float
+    how: str = "clock"
 
     @classmethod
-    def of(cls, times: PairTimes) -> Speed:
+    def of(cls, times: PairTimes, how: str = "clock") -> Speed:
         ours, baseline = np.asarray(times.ours), np.asarray(times.baseline)
-        low, median, high = np.quantile(baseline / ours, (0.2, 0.5, 0.8))
+        ratio_low, ratio, ratio_high = np.quantile(baseline / ours, (0.2, 0.5, 0.8)).tolist()
+        low, median, high = (np.quantile(ours, (0.2, 0.5, 0.8)) / 1e3).tolist()
         return cls(
-            float(np.median(ours)) / 1e3,
-            float(np.median(baseline)) / 1e3,
-            float(median),
-            float(low),
-            float(high),
-            len(times.ours),
+            ours_us=median,
+            baseline_us=float(np.median(baseline)) / 1e3,
+            ratio=ratio,
+            ratio_low=ratio_low,
+            ratio_high=ratio_high,
+            pairs=len(times.ours),
+            ours_low_us=low,
+            ours_high_us=high,
+            how=how,
         )
 
 

@@ -53,7 +53,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm(const Tensor& x, std::opti
   const int64_t D = rows.length, bytes = static_cast<int64_t>(x.element_size());
   const Source from(x, "x"), added(residual, "residual");
   Tensor y = new_output(x);
-  Tensor s = residual ? new_output(x) : torch::stable::new_empty(x, {0});
+  Tensor s = residual ? new_output(x) : new_floats({0});
   Tensor mean = new_floats({rows.count}), rstd = new_floats({rows.count});
   const auto w = parameter_floats(weight, D, 1.0f), b = parameter_floats(bias, D, 0.0f);
   char* const to_y = static_cast<char*>(y.mutable_data_ptr());
@@ -61,11 +61,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm(const Tensor& x, std::opti
   float* const to_mean = static_cast<float*>(mean.mutable_data_ptr());
   float* const to_rstd = static_cast<float*>(rstd.mutable_data_ptr());
   const LayerNormKernels& k = kernels_for(x.scalar_type());
-  const int64_t strips = (rows.count + kLayerNormStrip - 1) / kLayerNormStrip;
-  parallel_for(0, strips, tasks_per_thread(kLayerNormStrip * D), [&](int64_t begin, int64_t end) {
-    const int64_t first = begin * kLayerNormStrip, last = std::min(end * kLayerNormStrip, rows.count);
-    k.forward(from.from(first), added.from(first), to_s ? to_s + first * D * bytes : nullptr, to_y + first * D * bytes,
-              last - first, D, w.get(), b.get(), eps, to_mean + first, to_rstd + first);
+  parallel_for(0, rows.count, tasks_per_thread(D), [&](int64_t begin, int64_t end) {
+    k.forward(from.from(begin), added.from(begin), to_s ? to_s + begin * D * bytes : nullptr, to_y + begin * D * bytes,
+              end - begin, D, w.get(), b.get(), eps, to_mean + begin, to_rstd + begin);
   });
   return {y, s, mean, rstd};
 }
@@ -84,8 +82,8 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& grad_y, std
   const float* const rstds = static_cast<const float*>(rstd.const_data_ptr());
   const LayerNormKernels& k = kernels_for(s.scalar_type());
 
-  // Float32 sums over up to 512 rows; double between these blocks. Rows per block are a multiple of a strip.
-  const int64_t rows_per_block = std::clamp<int64_t>(65536 / D, 16, 512) / kLayerNormStrip * kLayerNormStrip;
+  // Float32 sums over up to 512 rows; double between these blocks.
+  const int64_t rows_per_block = std::clamp<int64_t>(65536 / D, 16, 512);
   const int64_t blocks = (rows.count + rows_per_block - 1) / rows_per_block;
   const auto sums = floats(parameters ? blocks * 2 * D : 0);
   parallel_for(0, blocks, tasks_per_thread(rows_per_block * D), [&](int64_t begin, int64_t end) {

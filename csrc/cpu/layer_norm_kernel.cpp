@@ -11,133 +11,93 @@ namespace fastdistill {
 namespace FASTDISTILL_ISA {
 namespace {
 
-constexpr int64_t kStripBytes = 32768;  // of x in a strip; longer rows are worked on one by one, to stay in cache
-
 template <typename T>
 inline const T* row(ConstRows rows, int64_t i) {
   return (const T*)rows.data + i * rows.stride;
 }
 
-// Calls strip(first row, Count<rows of the strip>).
-template <int R>
-struct Count {
-  static constexpr int value = R;
-};
+// body(i, lanes, accumulators' index): two sums take turns, because one alone waits for each addition.
 template <typename Body>
-inline void for_strips(int64_t rows, int64_t row_bytes, const Body& strip) {
+inline void for_steps_in_turns(int64_t length, const Body& body) {
   int64_t i = 0;
-  if (kLayerNormStrip * row_bytes <= kStripBytes)
-    for (; i + kLayerNormStrip <= rows; i += kLayerNormStrip) strip(i, Count<kLayerNormStrip>{});
-  for (; i < rows; ++i) strip(i, Count<1>{});
+  for (; i + 2 * kStep <= length; i += 2 * kStep) {
+    body(i, Whole{}, 0);
+    body(i + kStep, Whole{}, 1);
+  }
+  for_steps(length - i, [&](int64_t j, auto lanes) { body(i + j, lanes, 0); });
 }
 
-template <typename T, int R>
-void forward_strip(const T* const (&x)[R], const T* const (&residual)[R], T* s, T* y, int64_t D, const float* weight,
-                   const float* bias, double eps, float* mean, float* rstd) {
-  const T* u[R];
-  Pair total[R] = {};
-  if (s) {
-    for (int r = 0; r < R; ++r) u[r] = s + r * D;
-    for_steps(D, [&](int64_t i, auto lanes) {
-      for (int r = 0; r < R; ++r) {
-        store(s + r * D + i, load(x[r] + i, lanes) + load(residual[r] + i, lanes), lanes);
-        total[r] = total[r] + load(u[r] + i, lanes);  // as rounded
-      }
+inline float sum(const Pair (&parts)[2]) { return sum(parts[0] + parts[1]); }
+
+// s, where there is a residual, is written and then read as rounded.
+template <typename T>
+void forward_row(const T* x, const T* residual, T* s, T* y, int64_t D, const float* weight, const float* bias,
+                 double eps, float* mean, float* rstd) {
+  Pair total[2] = {};
+  if (residual) {
+    for_steps_in_turns(D, [&](int64_t i, auto lanes, int turn) {
+      store(s + i, load(x + i, lanes) + load(residual + i, lanes), lanes);
+      total[turn] = total[turn] + load(s + i, lanes);
     });
+    x = s;
   } else {
-    for (int r = 0; r < R; ++r) u[r] = x[r];
-    for_steps(D, [&](int64_t i, auto lanes) {
-      for (int r = 0; r < R; ++r) total[r] = total[r] + load(u[r] + i, lanes);
-    });
+    for_steps_in_turns(D, [&](int64_t i, auto lanes, int turn) { total[turn] = total[turn] + load(x + i, lanes); });
   }
-  Pair center[R], first[R] = {}, second[R] = {};
-  for (int r = 0; r < R; ++r) center[r] = broadcast_pair(sum(total[r]) / (float)D);
-  for_steps(D, [&](int64_t i, auto lanes) {
-    for (int r = 0; r < R; ++r) {
-      const Pair d = keep<T>(load(u[r] + i, lanes) - center[r], lanes);
-      first[r] = first[r] + d;
-      second[r] = second[r] + d * d;
-    }
+  const float center = sum(total) / (float)D;
+  const Pair centers = broadcast_pair(center);
+  Pair first[2] = {}, second[2] = {};
+  for_steps_in_turns(D, [&](int64_t i, auto lanes, int turn) {
+    const Pair d = keep<T>(load(x + i, lanes) - centers, lanes);
+    first[turn] = first[turn] + d;
+    second[turn] = second[turn] + d * d;
   });
-  Pair scale[R], offset[R];
-  for (int r = 0; r < R; ++r) {
-    const double drift = sum(first[r]) / (double)D, variance = sum(second[r]) / (double)D - drift * drift;
-    const double reciprocal = 1.0 / __builtin_sqrt((variance < 0.0 ? 0.0 : variance) + eps);
-    mean[r] = (float)(center[r].a[0] + drift);
-    rstd[r] = (float)reciprocal;
-    scale[r] = broadcast_pair(rstd[r]);
-    offset[r] = broadcast_pair((float)(-drift * reciprocal));
-  }
+  const double drift = sum(first) / (double)D, variance = sum(second) / (double)D - drift * drift;
+  const double reciprocal = 1.0 / __builtin_sqrt((variance < 0.0 ? 0.0 : variance) + eps);
+  *mean = (float)(center + drift);
+  *rstd = (float)reciprocal;
+  const Pair scale = broadcast_pair(*rstd), offset = broadcast_pair((float)(-drift * reciprocal));
   for_steps(D, [&](int64_t i, auto lanes) {
-    const Pair w = load_floats<T>(weight + i, lanes), b = load_floats<T>(bias + i, lanes);
-    for (int r = 0; r < R; ++r) {
-      const Pair xhat = (load(u[r] + i, lanes) - center[r]) * scale[r] + offset[r];
-      store(y + r * D + i, xhat * w + b, lanes);
-    }
+    const Pair xhat = (load(x + i, lanes) - centers) * scale + offset;
+    store(y + i, xhat * load_floats<T>(weight + i, lanes) + load_floats<T>(bias + i, lanes), lanes);
   });
 }
 
 template <typename T>
 void forward(ConstRows x, ConstRows residual, void* s, void* y, int64_t rows, int64_t D, const float* weight,
              const float* bias, double eps, float* mean, float* rstd) {
-  for_strips(rows, D * (int64_t)sizeof(T), [&](int64_t i, auto count) {
-    constexpr int R = decltype(count)::value;
-    const T *from[R], *added[R];
-    for (int r = 0; r < R; ++r) {
-      from[r] = row<T>(x, i + r);
-      added[r] = residual.data ? row<T>(residual, i + r) : nullptr;
-    }
-    forward_strip<T, R>(from, added, s ? (T*)s + i * D : nullptr, (T*)y + i * D, D, weight, bias, eps, mean + i,
-                        rstd + i);
-  });
+  for (int64_t i = 0; i < rows; ++i) {
+    const T* added = residual.data ? row<T>(residual, i) : nullptr;
+    forward_row(row<T>(x, i), added, (T*)s + (added ? i * D : 0), (T*)y + i * D, D, weight, bias, eps, mean + i,
+                rstd + i);
+  }
 }
 
 // grad_x = rstd (w dy - m1 - xhat m2) + grad_s,   m1 = mean(w dy),  m2 = mean(w dy xhat)
-template <typename T, int R, bool kSums>
-void backward_strip(const T* const (&grad_y)[R], const T* const (&grad_s)[R], const T* const (&s)[R], T* grad_x,
-                    int64_t D, const float* weight, const float* mean, const float* rstd, float* sums) {
-  Pair center[R], scale[R], s_wdy[R] = {}, s_wdy_xhat[R] = {}, s_xhat[R] = {};
-  for (int r = 0; r < R; ++r) {
-    center[r] = broadcast_pair(mean[r]);
-    scale[r] = broadcast_pair(rstd[r]);
-  }
-  for_steps(D, [&](int64_t i, auto lanes) {
-    const Pair w = load_floats<T>(weight + i, lanes);
-    for (int r = 0; r < R; ++r) {
-      const Pair xhat = keep<T>((load(s[r] + i, lanes) - center[r]) * scale[r], lanes);
-      const Pair wdy = load(grad_y[r] + i, lanes) * w;
-      s_wdy[r] = s_wdy[r] + wdy;
-      s_wdy_xhat[r] = s_wdy_xhat[r] + wdy * xhat;
-      s_xhat[r] = s_xhat[r] + xhat;
-    }
+template <typename T, bool kSums>
+void backward_row(const T* grad_y, const T* grad_s, const T* s, T* grad_x, int64_t D, const float* weight, float mean,
+                  float rstd, float* sums) {
+  const Pair center = broadcast_pair(mean), scale = broadcast_pair(rstd);
+  Pair s_wdy[2] = {}, s_wdy_xhat[2] = {}, s_xhat[2] = {};
+  for_steps_in_turns(D, [&](int64_t i, auto lanes, int turn) {
+    const Pair xhat = keep<T>((load(s + i, lanes) - center) * scale, lanes);
+    const Pair wdy = load(grad_y + i, lanes) * load_floats<T>(weight + i, lanes);
+    s_wdy[turn] = s_wdy[turn] + wdy;
+    s_wdy_xhat[turn] = s_wdy_xhat[turn] + wdy * xhat;
+    s_xhat[turn] = s_xhat[turn] + xhat;
   });
+  const double m1 = sum(s_wdy) / (double)D, off = sum(s_xhat) / (double)D;
+  const double m2 = sum(s_wdy_xhat) / (double)D - off * m1;
+  const Pair drift = broadcast_pair((float)off), a = broadcast_pair((float)m1), b = broadcast_pair((float)m2);
   // A row of one value: y does not depend on it, but the rounding of w dy times rstd = 1/sqrt(eps) would.
-  Pair drift[R], a[R], b[R], factor[R];
-  for (int r = 0; r < R; ++r) {
-    const double m1 = sum(s_wdy[r]) / (double)D, off = sum(s_xhat[r]) / (double)D;
-    const double m2 = sum(s_wdy_xhat[r]) / (double)D - off * m1;
-    drift[r] = broadcast_pair((float)off);
-    a[r] = broadcast_pair((float)m1);
-    b[r] = broadcast_pair((float)m2);
-    factor[r] = D > 1 ? scale[r] : Pair{};
-  }
+  const Pair factor = D > 1 ? scale : Pair{};
   for_steps(D, [&](int64_t i, auto lanes) {
-    const Pair w = load_floats<T>(weight + i, lanes);
-    Pair dw = {}, db = {};
-    for (int r = 0; r < R; ++r) {
-      const Pair xhat = (load(s[r] + i, lanes) - center[r]) * scale[r] - drift[r];
-      const Pair dy = load(grad_y[r] + i, lanes);
-      Pair dx = (dy * w - a[r] - xhat * b[r]) * factor[r];
-      if (grad_s[r]) dx = dx + load(grad_s[r] + i, lanes);
-      store(grad_x + r * D + i, dx, lanes);
-      if constexpr (kSums) {
-        dw = dw + dy * xhat;
-        db = db + dy;
-      }
-    }
+    const Pair xhat = (load(s + i, lanes) - center) * scale - drift, dy = load(grad_y + i, lanes);
+    Pair dx = (dy * load_floats<T>(weight + i, lanes) - a - xhat * b) * factor;
+    if (grad_s) dx = dx + load(grad_s + i, lanes);
+    store(grad_x + i, dx, lanes);
     if constexpr (kSums) {
-      store_floats<T>(sums + i, load_floats<T>(sums + i, lanes) + dw, lanes);
-      store_floats<T>(sums + D + i, load_floats<T>(sums + D + i, lanes) + db, lanes);
+      store_floats<T>(sums + i, load_floats<T>(sums + i, lanes) + dy * xhat, lanes);
+      store_floats<T>(sums + D + i, load_floats<T>(sums + D + i, lanes) + dy, lanes);
     }
   });
 }
@@ -145,17 +105,11 @@ void backward_strip(const T* const (&grad_y)[R], const T* const (&grad_s)[R], co
 template <typename T>
 void backward(ConstRows grad_y, ConstRows grad_s, ConstRows s, void* grad_x, int64_t rows, int64_t D,
               const float* weight, const float* mean, const float* rstd, float* sums) {
-  for_strips(rows, D * (int64_t)sizeof(T), [&](int64_t i, auto count) {
-    constexpr int R = decltype(count)::value;
-    const T *at_y[R], *at_sum[R], *from[R];
-    for (int r = 0; r < R; ++r) {
-      at_y[r] = row<T>(grad_y, i + r);
-      at_sum[r] = grad_s.data ? row<T>(grad_s, i + r) : nullptr;
-      from[r] = row<T>(s, i + r);
-    }
-    auto run = sums ? backward_strip<T, R, true> : backward_strip<T, R, false>;
-    run(at_y, at_sum, from, (T*)grad_x + i * D, D, weight, mean + i, rstd + i, sums);
-  });
+  auto run = sums ? backward_row<T, true> : backward_row<T, false>;
+  for (int64_t i = 0; i < rows; ++i) {
+    const T* added = grad_s.data ? row<T>(grad_s, i) : nullptr;
+    run(row<T>(grad_y, i), added, row<T>(s, i), (T*)grad_x + i * D, D, weight, mean[i], rstd[i], sums);
+  }
 }
 
 template <typename T>

@@ -7,11 +7,6 @@
 
 namespace fastdistill {
 
-// Rows that are worked on together: they share the loads of weight and bias, and their sums hide each other's latency.
-// A row's result does not depend on its neighbours, but the loops for four rows and for one are compiled apart, so
-// work is cut at multiples of this.
-constexpr int64_t kLayerNormStrip = 4;
-
 // Rows of D elements, side by side, `stride` elements from one to the next. `data` may be null where it says so.
 struct ConstRows {
   const void* data;

@@ -139,7 +139,7 @@ _BACKWARD = (
 
 
 def _forward_fake(x, residual, weight, bias, eps):
-    s = x.new_empty((0,)) if residual is None else torch.empty_like(x)
+    s = x.new_empty((0,), dtype=torch.float32) if residual is None else torch.empty_like(x)
     mean = x.new_empty((x.numel() // x.shape[-1],), dtype=torch.float32)
     return torch.empty_like(x), s, mean, torch.empty_like(mean)
 

@@ -111,4 +111,29 @@ def test_a_backend_that_cannot_serve_gives_the_registrys_reason():
 def test_the_kernels_are_measured_unasked_and_all_on_request():
     assert [provider.name for provider in BENCHMARK.select_providers(None)] == ["cuda", "triton", "cpu"]
     names = [provider.name for provider in BENCHMARK.select_providers(["all"])]
-    assert names == ["cuda", "triton", "cpu", "reference", "torch", "torch.compile"]
+    assert names == ["cuda", "triton", "cpu", "reference", "torch", "torch.other_layout", "torch.compile", "liger"]
+
+
+@pytest.mark.parametrize("layout", BENCHMARK.layouts)
+def test_the_other_layout_has_the_same_values(layout):
+    case = BENCHMARK.select_cases(["1280x8x8"])[0]
+    inputs = BENCHMARK.setup(case, torch.float32, layout, CPU)
+    (provider,) = BENCHMARK.select_providers(["torch.other_layout"])
+    adapted = provider.adapt(inputs)
+    for mine, theirs in (
+        (adapted.tensors["x"], inputs.tensors["x"]),
+        (adapted.grad_outputs["y"], inputs.grad_outputs["y"]),
+    ):
+        assert mine.stride() != theirs.stride()
+        assert torch.equal(mine, theirs)
+
+
+def test_the_cost_counts_each_input_and_result_once():
+    case = BENCHMARK.select_cases(["1280x8x8"])[0]
+    size, channels = 1280 * 8 * 8, 1280
+    forward, backward, full = (BENCHMARK.cost(case, torch.bfloat16, mode) for mode in ("forward", "backward", "full"))
+    assert forward.bytes == 2 * (2 * size + 2 * channels)  # x, y; weight, bias
+    assert backward.bytes == 2 * (3 * size + 4 * channels)  # grad_y, x, grad_x; weight, bias and their gradients
+    assert full.bytes == forward.bytes + backward.bytes
+    assert full.flops == forward.flops + backward.flops > size
+    assert BENCHMARK.cost(case, torch.float32, "forward").bytes == 2 * forward.bytes

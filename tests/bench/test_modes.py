@@ -39,6 +39,11 @@ def test_inputs_in_another_dtype_have_the_same_values():
     assert wide.constants == INPUTS.constants
 
 
+def test_a_forward_pass_reads_no_gradient():
+    assert INPUTS.nbytes("forward") == X.nbytes + WEIGHT.nbytes
+    assert INPUTS.nbytes("full") == INPUTS.nbytes("backward") == X.nbytes + WEIGHT.nbytes + GRAD.nbytes
+
+
 def test_several_outputs_are_named():
     inputs = Inputs({"x": X}, {"y": GRAD, "total": GRAD})
     results = MODES["full"](lambda x: (2 * x, 3 * x), inputs).tensors()
