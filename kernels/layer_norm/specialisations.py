@@ -46,15 +46,17 @@ class Probe:
 
 
 def probes() -> Iterator[Probe]:
-    for columns in (320, 640, 1280, 2048, 5120):
+    for columns in (320, 640, 1280, 2560, 5120):
         yield Probe((2, 1024, columns), torch.bfloat16)
+    for columns in (320, 1280):
         yield Probe((2, 1024, columns), torch.float32, residual=False)
-        yield Probe((2, 1024, columns), torch.float16, parameters=None)
     yield Probe((2, 77, 768), torch.float16, parameters=torch.float16)
+    yield Probe((2, 1024, 640), torch.float16, parameters=None)
     # The largest rows that stay in registers, and longer ones.
-    for columns in (6140, 16384, 20000):
-        for dtype in (torch.bfloat16, torch.float32):
-            yield Probe((64, columns), dtype)
+    for dtype in (torch.bfloat16, torch.float32):
+        yield Probe((64, 6140), dtype)
+        yield Probe((64, 16384), dtype)
+    yield Probe((64, 20000), torch.bfloat16)
     # Nothing aligned.
     yield Probe((3, 33, 17), torch.float16, storage_offset=1)
     yield Probe((3, 33, 641), torch.bfloat16, storage_offset=1)

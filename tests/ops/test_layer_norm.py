@@ -34,6 +34,11 @@ LARGE_SHAPES = [(2, 17000), (2, 20001)]
 WITH_RESIDUAL = pytest.mark.parametrize("with_residual", [False, True], ids=["alone", "residual"])
 
 
+def affordable(width, backend, device):
+    """The width, or one that the interpreter affords: tests/kernels lowers its limits instead."""
+    return min(width, 6200) if (backend, device) == ("triton", "cpu") else width
+
+
 def make(shape, dtype, device, mean=0.0, std=1.0, with_residual=False, parameter_dtype=None):
     """x, residual (or None), weight, bias."""
     parameter_dtype = parameter_dtype or dtype
@@ -118,6 +123,7 @@ def test_result_and_gradients_equal_float64(backend, device, shape, dtype, with_
 @pytest.mark.parametrize("shape", LARGE_SHAPES, ids=lambda v: "x".join(map(str, v)))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_too_long_for_registers_equal_float64(backend, device, shape, dtype):
+    shape = shape[0], affordable(shape[1], backend, device)
     check_against_exact(backend, device, *make(shape, dtype, device, with_residual=True))
 
 
@@ -150,6 +156,7 @@ def test_parameters_may_be_float32_beside_16_bit_input(backend, device, dtype):
 )
 @pytest.mark.parametrize("width", [320, 2560, 17000])
 def test_a_mean_far_above_the_deviation_keeps_its_digits(backend, device, dtype, mean, std, width):
+    width = affordable(width, backend, device)
     x, _, weight, bias = make((6, width), dtype, device, mean, std)
     y = check_against_exact(backend, device, x, None, weight, bias, large_mean=True)
     if backend != "reference" and dtype == torch.float32:
@@ -161,6 +168,7 @@ def test_a_mean_far_above_the_deviation_keeps_its_digits(backend, device, dtype,
 @on_every_kernel
 @pytest.mark.parametrize("width", [320, 2560, 17000])
 def test_gradients_keep_their_digits_beside_a_large_mean(backend, device, width):
+    width = affordable(width, backend, device)
     x, _, weight, bias = make((6, width), torch.float32, device, 100.0, 0.01)
     grad_y = torch.randn(6, width, device=device)
     _, _, grads = run(ours(backend), (x, None, weight, bias), grad_y, None)
@@ -173,6 +181,7 @@ def test_gradients_keep_their_digits_beside_a_large_mean(backend, device, width)
 @on_every_backend
 @pytest.mark.parametrize("width", [64, 2560, 17000])
 def test_first_value_far_from_the_rest_does_not_spoil_the_variance(backend, device, width):
+    width = affordable(width, backend, device)
     x, _, weight, bias = make((3, width), torch.float32, device)
     x[:, 0] = 1000.0
     check_against_exact(backend, device, x, None, weight, bias)
@@ -270,7 +279,7 @@ def test_gradients_may_arrive_in_any_strides(backend, device, arrival, which):
 
 @on_every_kernel
 def test_many_rows_cross_every_block_border(backend, device):
-    rows = 300 if device == "cpu" and backend == "triton" else 5000
+    rows = 100 if device == "cpu" and backend == "triton" else 5000
     for width in (24, 400):
         check_against_exact(backend, device, *make((rows + 3, width), torch.float32, device, with_residual=True))
 
@@ -291,6 +300,7 @@ def test_no_rows_give_an_empty_result_and_zero_gradients(backend, device, with_r
 @pytest.mark.parametrize("width", [40, 1300, 17000])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_bad_value_stays_in_its_row(backend, device, width, bad):
+    width = affordable(width, backend, device)
     x = torch.randn(6, width, device=device)
     x[2, 7] = bad
     weight = torch.ones(width, device=device)
@@ -371,8 +381,8 @@ def test_only_the_sum_the_weight_and_the_statistics_are_saved(backend, device):
 @on_every_kernel
 @pytest.mark.parametrize("width", [40, 1300])
 def test_repeating_a_call_gives_the_same_bits(backend, device, width):
-    tensors = make((70, width), torch.bfloat16, device, with_residual=True)
-    grads = torch.randn(70, width, device=device), torch.randn(70, width, device=device)
+    tensors = make((23, width), torch.bfloat16, device, with_residual=True)
+    grads = torch.randn(23, width, device=device), torch.randn(23, width, device=device)
     runs = []
     for _ in range(3):
         y, s, found = run(ours(backend), tensors, *grads)
