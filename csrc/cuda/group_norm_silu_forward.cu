@@ -33,6 +33,14 @@ __device__ float activate(float z, bool silu) { return silu ? z * sigmoid(z) : z
 // max(v, 0), except that NaN stays NaN.
 __device__ float not_negative(float v) { return v < 0.0f ? 0.0f : v; }
 
+// x - centre is (x + add) - (reference + drift), but for what rounding the centre has lost: the error.
+__device__ float centre_of(float reference, float drift, float add, float* error) {
+  float of_mean, of_centre;
+  const float mean = two_sum(reference, drift, &of_mean), centre = two_sum(mean, -add, &of_centre);
+  *error = of_mean + of_centre;
+  return centre;
+}
+
 template <typename T, int V, bool kChannelsLast>
 __global__ void __launch_bounds__(kOnChipThreads, 1) on_chip_kernel(const Forward f) {
   using L = Lane<V, kChannelsLast>;
@@ -161,7 +169,7 @@ __global__ void __launch_bounds__(kOnChipThreads, 1) on_chip_kernel(const Forwar
     for (int a = 0; a < A; ++a) {
       const int group = of.group[a];
       float error;
-      centre[a] = two_sum(all[group], all[groups + group] - add[first + a], &error);
+      centre[a] = centre_of(all[group], all[groups + group], add[first + a], &error);
       scale[a] = all[2 * groups + group] * weight[first + a];
       shift[a] = bias[first + a] - error * scale[a];
     }
@@ -254,7 +262,7 @@ __global__ void __launch_bounds__(kCombineThreads) combine_moments_kernel(const 
   const int64_t n = blockIdx.x / f.groups, group = blockIdx.x % f.groups, first_channel = group * f.per_group;
   const int64_t splits = f.tile.pixel_tiles, plane = f.x.N * splits * f.x.C;
   const float* partial = f.partial + n * splits * f.x.C + first_channel;
-  const float reference = partial[0];
+  const float reference = partial[0] + f.add.at(n, first_channel, 0.0f);
   const int column = static_cast<int>(threadIdx.x) % columns, row = static_cast<int>(threadIdx.x) / columns;
   const int rows = kCombineThreads / columns;
 
@@ -266,7 +274,9 @@ __global__ void __launch_bounds__(kCombineThreads) combine_moments_kernel(const 
         const float* p = partial + split * f.x.C + c;
         const int64_t start = f.tile.first_vector(split) * f.pixels_each;
         const float count = static_cast<float>(min(f.tile.first_vector(split + 1) * f.pixels_each, f.x.S) - start);
-        body(p, count, (p[0] - reference) + (p[plane] + add));
+        float error;
+        const float near = two_sum(p[0], add, &error);
+        body(p, count, (near - reference) + (p[plane] + error));
       }
     }
   };
@@ -284,7 +294,7 @@ __global__ void __launch_bounds__(kCombineThreads) combine_moments_kernel(const 
   }
   for (int64_t c = first_channel + threadIdx.x; c < first_channel + f.per_group; c += kCombineThreads) {
     float error;
-    const float centre = two_sum(reference, drift - f.add.at(n, c, 0.0f), &error);
+    const float centre = centre_of(reference, drift, f.add.at(n, c, 0.0f), &error);
     const float scale = rstd * f.weight.at(n, c, 1.0f);
     float* coefficient = f.coefficients + n * f.x.C + c;
     coefficient[0] = centre;

@@ -142,12 +142,16 @@ ON_H200 = {
     (1280, 16, 16): (("cluster", 2), ("cluster", 4)),
     (640, 32, 32): (("cluster", 8), ("cluster", 8)),
     (320, 64, 64): (("cluster", 8), ("cluster", 8)),
-    (960, 64, 64): (("cluster", 8), ("cluster", 8)),
+    (960, 64, 64): (("cooperative", 1), ("cooperative", 1)),
+    (640, 128, 128): (("cooperative", 1), ("two-pass", 1)),
+    (512, 128, 128): (("cluster", 4), ("cluster", 4)),
+    (512, 256, 256): (("cluster", 8), ("two-pass", 1)),
+    (128, 512, 512): (("two-pass", 1), ("two-pass", 1)),
 }
 
 
 @pytest.mark.parametrize("shape", ON_H200)
-def test_the_unets_sites_keep_their_tile_on_chip(plans, shape):
+def test_which_regime_serves_a_site_on_an_h200(plans, shape):
     calls = [Call((1, *shape), backward=backward) for backward in (False, True)]
     made = plans((DEVICES["H200"], call) for call in calls)
     assert tuple((plan.regime, plan.cluster) for plan in made) == ON_H200[shape]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib
 import os
 import shlex
 import subprocess
@@ -42,6 +43,8 @@ class Emulator:
     """The library; loading it registers its kernels as the `cuda` overloads of CPU tensors."""
 
     def __init__(self, library: Path) -> None:
+        for op in OPS:
+            importlib.import_module(f"fastdistill.ops.{op}")  # which defines the schemas
         torch.ops.load_library(library)
         self._library = ctypes.CDLL(str(library))
         self._library.emulator_trace.restype = ctypes.c_char_p
