@@ -8,6 +8,7 @@
 //
 // What it cannot see: registers, timing, memory order between blocks that run together, and alignment (the build's
 // -fsanitize=alignment does).
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -34,8 +35,11 @@ constexpr int64_t kUnaskedSharedBytes = 48 * 1024;
 
 enum class State { kReady, kBlock, kWarpBarrier, kCluster, kGrid, kDone };
 
+// A fibre starts with setcontext; from then on it is switched to with longjmp, which asks nothing of the kernel.
 struct Fibre {
-  ucontext_t context;
+  ucontext_t start;
+  jmp_buf resume;
+  bool started;
   std::unique_ptr<char[]> stack{new char[kStackBytes]};
   State state;
   int block;        // among those that run together
@@ -57,7 +61,7 @@ std::string trace;
 
 std::vector<Fibre> fibres;
 std::vector<std::vector<unsigned char>> shared;  // of the blocks that run together
-ucontext_t scheduler;
+jmp_buf scheduler;
 Fibre* running = nullptr;
 const std::function<void()>* body = nullptr;
 unsigned first_block = 0;
@@ -70,13 +74,21 @@ std::vector<unsigned> block_order;
 
 void wait(State state) {
   running->state = state;
-  swapcontext(&running->context, &scheduler);
+  if (_setjmp(running->resume) == 0) _longjmp(scheduler, 1);
 }
 
 void run_fibre() {
   (*body)();
   running->state = State::kDone;
-  swapcontext(&running->context, &scheduler);
+  _longjmp(scheduler, 1);
+}
+
+// Runs `running` until it waits.
+__attribute__((noinline)) void resume() {
+  if (_setjmp(scheduler) != 0) return;
+  if (running->started) _longjmp(running->resume, 1);
+  running->started = true;
+  setcontext(&running->start);
 }
 
 Fibre& fibre(int block, unsigned thread) { return fibres[static_cast<size_t>(block) * blockDim.x + thread]; }
@@ -126,11 +138,12 @@ void run_together(int blocks, size_t shared_bytes) {
     f.thread = static_cast<unsigned>(i % blockDim.x);
     f.state = State::kReady;
     f.exchanges = f.cluster_arrivals = f.cluster_waits = 0;
-    getcontext(&f.context);
-    f.context.uc_stack.ss_sp = f.stack.get();
-    f.context.uc_stack.ss_size = kStackBytes;
-    f.context.uc_link = nullptr;
-    makecontext(&f.context, run_fibre, 0);
+    f.started = false;
+    getcontext(&f.start);
+    f.start.uc_stack.ss_sp = f.stack.get();
+    f.start.uc_stack.ss_size = kStackBytes;
+    f.start.uc_link = nullptr;
+    makecontext(&f.start, run_fibre, 0);
   }
   for (;;) {
     std::shuffle(order.begin(), order.end(), random_order);
@@ -143,7 +156,7 @@ void run_together(int blocks, size_t shared_bytes) {
       running = &f;
       threadIdx.x = f.thread;
       blockIdx.x = block_order[first_block + static_cast<unsigned>(f.block)];
-      swapcontext(&scheduler, &f.context);
+      resume();
     }
     if (done) return;
     if (!release(blocks) && !ran) fail("threads wait at a barrier that the others never reach");
