@@ -72,14 +72,18 @@ struct Grid {
   bool cooperative = false;  // all blocks are resident at once, and may wait for one another
 };
 
-// More than 48 KiB of dynamic shared memory must be asked for, per kernel and device.
+// Dynamic shared memory beyond what is granted unasked must be asked for, per kernel and device. All there is at once, so
+// that what another thread has asked for is never taken back.
 template <typename... Parameters>
 void allow_shared(const char* name, void (*kernel)(Parameters...), int64_t bytes) {
   constexpr int64_t kUnasked = 48 * 1024;
   if (bytes <= kUnasked) return;
-  check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             static_cast<int>(bytes)),
-        name);
+  const void* const function = reinterpret_cast<const void*>(kernel);
+  cudaFuncAttributes attributes = {};
+  check(cudaFuncGetAttributes(&attributes, function), name);
+  if (bytes <= attributes.maxDynamicSharedSizeBytes) return;
+  const int64_t all = current_device_limits().shared_bytes - static_cast<int64_t>(attributes.sharedSizeBytes);
+  check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(all)), name);
 }
 
 // Whether all blocks of the grid can be resident on the current device at once. Asks the driver, not the device.

@@ -6,8 +6,7 @@
 // what torch allocates for results when the tests ask it to. Launches that no device would take are errors, a barrier
 // that some threads never reach ends the process.
 //
-// What it cannot see: registers, timing, memory order between blocks that run together, and alignment (the build's
-// -fsanitize=alignment does).
+// What it cannot see: registers, timing, and memory order between blocks that run together.
 #include <setjmp.h>
 #include <ucontext.h>
 
@@ -55,7 +54,7 @@ struct Device {
 
 std::map<int, Device> devices;
 int current_device = 0;
-std::map<const void*, int64_t> allowed_shared;
+std::map<std::pair<int, const void*>, int64_t> allowed_shared;  // per device and kernel
 std::mt19937 random_order;
 std::string trace;
 
@@ -221,7 +220,7 @@ cudaError_t run(const cudaLaunchConfig_t& config, const void* kernel, const std:
     return cudaErrorInvalidValue;
   }
   if (cluster > 1 && (cluster > 8 || attribute_of(cudaDevAttrClusterLaunch) == 0)) return cudaErrorInvalidValue;
-  if (bytes > std::max(kUnaskedSharedBytes, allowed_shared[kernel])) return cudaErrorInvalidValue;
+  if (bytes > std::max(kUnaskedSharedBytes, allowed_shared[{current_device, kernel}])) return cudaErrorInvalidValue;
   if (cooperative && static_cast<int>(blocks) > attribute_of(cudaDevAttrMultiProcessorCount)) {
     return cudaErrorCooperativeLaunchTooLarge;
   }
@@ -255,9 +254,14 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
   return cudaSuccess;
 }
 
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* kernel) {
+  attributes->maxDynamicSharedSizeBytes = static_cast<int>(emulator::allowed_shared[{emulator::current_device, kernel}]);
+  return cudaSuccess;
+}
+
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int value) {
   if (value > emulator::attribute_of(cudaDevAttrMaxSharedMemoryPerBlockOptin)) return cudaErrorInvalidValue;
-  emulator::allowed_shared[kernel] = value;
+  emulator::allowed_shared[{emulator::current_device, kernel}] = value;
   return cudaSuccess;
 }
 

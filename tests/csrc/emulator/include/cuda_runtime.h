@@ -33,6 +33,10 @@ enum cudaDeviceAttr {
   cudaDevAttrClusterLaunch,
   cudaDevAttrCooperativeLaunch,
 };
+struct cudaFuncAttributes {
+  size_t sharedSizeBytes = 0;
+  int maxDynamicSharedSizeBytes = 0;
+};
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension, cudaLaunchAttributeCooperative };
 struct cudaLaunchAttributeValue {
@@ -82,6 +86,7 @@ inline int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 
 cudaError_t cudaGetDevice(int* device);
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* kernel);
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value);
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void* kernel, int threads, size_t shared);
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
