@@ -4,10 +4,13 @@ tests/ops/test_group_norm_silu.py covers the op on every backend. Here the limit
 the ways that large ones take.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from fastdistill.kernels import group_norm_silu as op
-from fastdistill.kernels.group_norm_silu import backward, forward, tiles
+from fastdistill.kernels.group_norm_silu import backward, configuration, forward
+from fastdistill.kernels.group_norm_silu.configuration import DEFAULT
 from fastdistill.kernels.launch import run_all
 
 from tests.ops import group_norm_silu_oracle as oracle
@@ -17,16 +20,18 @@ from tests.ops.group_norm_silu_oracle import GRADIENTS, NAMES, channels_last, in
 pytestmark = pytest.mark.interpreter
 
 
-@pytest.fixture(params=["whole", "split", "split, several tiles per program"])
+# 8 or 2 splits per step of a combine kernel.
+SPLIT = replace(DEFAULT, max_whole_forward=0, max_whole_backward=0, split_warps=1, square=16, combine_elements=32)
+REGIMES = {
+    "whole": DEFAULT,
+    "split": SPLIT,
+    "split, several tiles per program": replace(SPLIT, programs_per_wave=4),
+}
+
+
+@pytest.fixture(params=REGIMES)
 def regime(request, monkeypatch):
-    if request.param != "whole":
-        monkeypatch.setattr(forward, "MAX_WHOLE_FORWARD", 0)
-        monkeypatch.setattr(backward, "MAX_WHOLE_BACKWARD", 0)
-        monkeypatch.setattr(tiles, "SPLIT_WARPS", 1)
-        monkeypatch.setattr(tiles, "SQUARE", 16)
-        monkeypatch.setattr(tiles, "COMBINE_ELEMENTS", 32)  # 8 or 2 splits per step
-    if request.param == "split, several tiles per program":
-        monkeypatch.setattr(tiles, "PROGRAMS_PER_WAVE", 4)
+    monkeypatch.setattr(configuration, "DEFAULT", REGIMES[request.param])
     return request.param
 
 
