@@ -104,6 +104,12 @@ def test_a_large_mean_costs_no_digits(run, layout):
     assert (ours[0] - in_pytorch(*call)[0]).abs().max() < 1e-5
 
 
+def test_a_term_in_front_of_a_large_mean_costs_no_digits(run, layout):
+    x, weight, bias, add, grad_y = inputs((2, 20, 48, 36), mean=100.0, std=0.01)
+    call = (layout(x - add[:, :, None, None]), 2, weight, bias, add, grad_y)
+    assert (run(*call)[0] - in_pytorch(*call)[0]).abs().max() < 1e-5
+
+
 def test_terms_that_cancel_a_large_mean_cost_no_digits(run, layout):
     # x + add is near 0: what is lost is lost where x and add are rounded, in each channel another amount.
     x, weight, bias, add, grad_y = inputs((2, 20, 48, 36))
