@@ -4,6 +4,7 @@
 #include <cooperative_groups.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_pipeline.h>
 #include <cuda_runtime.h>
 
 #include <cstdint>
@@ -71,44 +72,32 @@ __device__ inline Vector<T, V> load_past_l1(const T* from) {
 // The same for what nobody reads again: the first to leave every cache.
 template <int V, typename T>
 __device__ inline Vector<T, V> load_last(const T* from) {
-#ifdef __CUDACC__
   if constexpr (sizeof(Vector<T, V>) == 16) {
     const uint4 bits = __ldcs(reinterpret_cast<const uint4*>(from));
     return *reinterpret_cast<const Vector<T, V>*>(&bits);
   }
-#endif
   return load_vector<V>(from);
 }
 
 // A store that is the first to leave the caches where `streaming`: results that are too many to be found there.
 template <int V, typename T>
 __device__ inline void store_vector(T* to, const Vector<T, V>& vector, bool streaming) {
-#ifdef __CUDACC__
   if constexpr (sizeof(Vector<T, V>) == 16) {
     if (streaming) {
       __stcs(reinterpret_cast<uint4*>(to), *reinterpret_cast<const uint4*>(&vector));
       return;
     }
   }
-#endif
   store_vector(to, vector);
 }
 
 // Starts to copy 16 bytes from global to shared memory; both addresses are multiples of 16.
-__device__ inline void start_copy(void* shared, const void* from) {
-#ifdef __CUDACC__
-  const unsigned to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
-#else
-  __builtin_memcpy(shared, from, 16);
-#endif
-}
+__device__ inline void start_copy(void* shared, const void* from) { __pipeline_memcpy_async(shared, from, 16); }
 
 // Waits for the copies that this thread has started; only this thread may read them without a barrier.
 __device__ inline void wait_for_copies() {
-#ifdef __CUDACC__
-  asm volatile("cp.async.wait_all;" ::: "memory");
-#endif
+  __pipeline_commit();
+  __pipeline_wait_prior(0);
 }
 
 // V elements that may lie anywhere: a gradient in the other layout, or expanded from one value.

@@ -165,6 +165,8 @@ struct Share {
   Vector<T, V> held[kHeld];
   Vector<T, V>* spare;
 
+  __device__ Vector<T, V> from_spare(int i) const { return load_vector<V>(spare[i * blockDim.x].value); }
+
   // `from` is the origin of the thread's channels; vectors lie `stride` apart from pixel to pixel.
   template <typename L>
   __device__ void load(const T* from, int64_t stride, const L& lane) {
@@ -223,7 +225,7 @@ __device__ void for_each_vector(const L& lane, const Body& body, const Share<T, 
   }
   int i = 0;
   for (int64_t s = lane.pixel + kHeld * lane.step(); s < lane.last_pixel; s += lane.step(), ++i) {
-    body(s, first.spare[i * blockDim.x], others.spare[i * blockDim.x]...);
+    body(s, first.from_spare(i), others.from_spare(i)...);
   }
 }
 

@@ -13,6 +13,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <limits>
 #include <map>
 #include <memory>
@@ -34,6 +35,12 @@ constexpr int64_t kUnaskedSharedBytes = 48 * 1024;
 
 enum class State { kReady, kBlock, kWarpBarrier, kCluster, kGrid, kDone };
 
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes;
+};
+
 // A fibre starts with setcontext; from then on it is switched to with longjmp, which asks nothing of the kernel.
 struct Fibre {
   ucontext_t start;
@@ -46,6 +53,7 @@ struct Fibre {
   int exchanges;    // alternates the two slots, so that a fast thread does not overwrite what a slow one still reads
   float slots[2];
   int cluster_arrivals, cluster_waits;
+  std::vector<Copy> copies;  // started, not finished
 };
 
 struct Device {
@@ -138,6 +146,7 @@ void run_together(int blocks, size_t shared_bytes) {
     f.state = State::kReady;
     f.exchanges = f.cluster_arrivals = f.cluster_waits = 0;
     f.started = false;
+    f.copies.clear();
     getcontext(&f.start);
     f.start.uc_stack.ss_sp = f.stack.get();
     f.start.uc_stack.ss_size = kStackBytes;
@@ -209,6 +218,18 @@ float exchange_in_warp(float value, int lane_mask) {
   Fibre* const own = running;
   wait(State::kWarpBarrier);
   return fibre(own->block, own->thread ^ static_cast<unsigned>(lane_mask)).slots[slot];
+}
+
+void start_copy(void* shared_memory, const void* from, size_t bytes) {
+  if (reinterpret_cast<uintptr_t>(shared_memory) % bytes != 0 || reinterpret_cast<uintptr_t>(from) % bytes != 0) {
+    fail("an asynchronous copy whose address is no multiple of its size");
+  }
+  running->copies.push_back({shared_memory, from, bytes});
+}
+
+void finish_copies() {
+  for (const Copy& copy : running->copies) std::memcpy(copy.to, copy.from, copy.bytes);
+  running->copies.clear();
 }
 
 cudaError_t run(const cudaLaunchConfig_t& config, const void* kernel, const std::function<void()>& thread) {

@@ -69,6 +69,8 @@ inline void* in_block_of_cluster(void* shared, unsigned rank) {
 }
 void wait_for_grid();
 float exchange_in_warp(float value, int lane_mask);
+void start_copy(void* shared, const void* from, size_t bytes);
+void finish_copies();
 
 cudaError_t run(const cudaLaunchConfig_t& config, const void* kernel, const std::function<void()>& thread);
 
@@ -78,6 +80,17 @@ extern dim3 threadIdx, blockIdx, blockDim, gridDim;  // of the fibre that runs
 
 inline void __syncthreads() { emulator::wait_for_block(); }
 inline float __shfl_xor_sync(unsigned, float value, int lane_mask) { return emulator::exchange_in_warp(value, lane_mask); }
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+template <typename T>
+T __ldcs(const T* from) {
+  return *from;
+}
+template <typename T>
+void __stcs(T* to, T value) {
+  *to = value;
+}
 #undef __expf  // glibc declares one of its own
 #define __expf(a) expf(a)
 #define __fdividef(a, b) ((a) / (b))
