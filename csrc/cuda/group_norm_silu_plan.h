@@ -35,8 +35,9 @@ constexpr int kOnChipThreads = 512;
 // When there are more blocks than multiprocessors, two share one, so that one loads while the other stores.
 constexpr int kSharingThreads = kOnChipThreads / 2;
 constexpr int64_t kSharedReserve = 1024;  // that the system takes of every resident block
-// What a thread keeps in registers, over all tensors: 8 vectors are 32 of its registers, single elements one each.
-constexpr int kHeldVectors = 8, kHeldElements = 16;
+// Vectors of a tensor that a thread keeps in registers, of one tensor or of each of two: the backward needs more registers
+// per channel, and spills with a fourth. Single elements take a register each.
+constexpr int kHeldOfOne = 8, kHeldOfTwo = 3, kHeldElements = 16;
 // Per-channel values are kept in shared memory. 2560, the widest of the UNets, in one group still leaves room for a tile.
 constexpr int kMaxChannels = 2560;
 
@@ -160,7 +161,7 @@ FASTDISTILL_HOST_DEVICE constexpr Keeps backward_keeps() { return {2, 7, 2}; }
 
 // Vectors of each tensor that a thread keeps in registers; the others lie in shared memory.
 FASTDISTILL_HOST_DEVICE constexpr int held_vectors(int vector, int tensors) {
-  return (vector == 1 ? kHeldElements : kHeldVectors) / tensors;
+  return vector == 1 ? kHeldElements / tensors : tensors == 1 ? kHeldOfOne : kHeldOfTwo;
 }
 
 // Floats in front of a kernel's other arrays that sums over pixels need: one for each of a thread's channels.
