@@ -137,8 +137,8 @@ __device__ inline float sum_over_block(float value, float* scratch) {
   return total;
 }
 
-// Sums of `rows` values each, for many columns: `store(column, total)` is called once for each, by one thread. `helpers`
-// neighbouring threads, a power of two within a warp, share a column. Every thread of the block takes part.
+// Sums of `rows` values each, for many columns: `store(column, total)` is called once for each, by one thread.
+// `helpers` neighbouring threads, a power of two within a warp, share a column. Every thread of the block takes part.
 template <typename Value, typename Store>
 __device__ void sum_columns(int columns, int rows, int helpers, const Value& value, const Store& store) {
   const int thread = static_cast<int>(threadIdx.x), at_once = static_cast<int>(blockDim.x) / helpers;
@@ -160,8 +160,8 @@ __device__ void sum_columns(int columns, int rows, int helpers, const Value& val
 #define FASTDISTILL_CLUSTERS 1
 #endif
 
-// Every thread of the cluster arrives once and waits once; what was written to shared memory before an arrival can be read
-// in the whole cluster after the wait. Without clusters (before compute capability 9.0) a block is one of its own.
+// Every thread of the cluster arrives once and waits once; what was written to shared memory before an arrival can be
+// read in the whole cluster after the wait. Without clusters (before compute capability 9.0) a block is one of its own.
 __device__ inline void arrive_in_cluster() {
 #ifdef FASTDISTILL_CLUSTERS
   cooperative_groups::this_cluster().barrier_arrive();

@@ -1,5 +1,5 @@
-// What the forward and the backward kernels of group_norm_silu share: the call, a thread's share of a tile, sums over the
-// pixels of a channel and over the channels of a group, and how blocks that share groups read one another's sums.
+// What the forward and the backward kernels of group_norm_silu share: the call, a thread's share of a tile, sums over
+// the pixels of a channel and over the channels of a group, and how blocks that share groups read one another's sums.
 //
 // A tensor is (N, C, S). A thread owns vectors of V elements: V pixels of one channel when the image is contiguous, V
 // channels of one pixel when its channels are last. So the loads of a warp are whole lines in both layouts, and all
@@ -92,10 +92,10 @@ inline Grid grid_of(const Plan& plan) {
   return {plan.blocks, plan.threads, plan.shared_bytes, plan.cluster, plan.regime == Regime::kCooperative};
 }
 
-// Whether the plan keeps x on chip, and this device can do so: a grid that waits for itself must be resident as a whole,
-// which a driver that shares the device out may not allow.
+// Whether the plan keeps x on chip, and this device can do so: a grid that waits for itself must be resident as a
+// whole, which a driver that shares the device out may not allow.
 template <typename... Parameters>
-bool on_chip(const Plan& plan, const char* name, void (*kernel)(Parameters...)) {
+bool stays_on_chip(const Plan& plan, const char* name, void (*kernel)(Parameters...)) {
   if (plan.regime != Regime::kCooperative) return plan.regime == Regime::kCluster;
   return all_resident(name, kernel, grid_of(plan));
 }
@@ -185,20 +185,6 @@ struct Share {
     }
   }
 
-  // Between two passes: the compiler may no longer know the vectors, and so converts them again instead of keeping their
-  // elements as floats beside them, for which there are no registers.
-  __device__ void forget_conversions() {
-#ifdef __CUDACC__
-    if constexpr (sizeof(T) < 4 && V > 1) {
-#pragma unroll
-      for (int i = 0; i < kHeld; ++i) {
-        uint4& bits = reinterpret_cast<uint4&>(held[i]);
-        asm volatile("" : "+r"(bits.x), "+r"(bits.y), "+r"(bits.z), "+r"(bits.w));
-      }
-    }
-#endif
-  }
-
   // The same for elements that are `along` apart within a vector.
   template <typename L>
   __device__ void load_strided(const T* from, int64_t stride, int64_t along, const L& lane) {
@@ -212,9 +198,23 @@ struct Share {
       spare[i * blockDim.x] = cuda::load_strided<V>(from + s * stride, along);
     }
   }
+
+  // Between two passes: the compiler may no longer know the vectors, and so converts them again instead of keeping
+  // their elements as floats beside them, for which there are no registers.
+  __device__ void forget_conversions() {
+#ifdef __CUDACC__
+    if constexpr (sizeof(T) < 4 && V > 1) {
+#pragma unroll
+      for (int i = 0; i < kHeld; ++i) {
+        uint4& bits = reinterpret_cast<uint4&>(held[i]);
+        asm volatile("" : "+r"(bits.x), "+r"(bits.y), "+r"(bits.z), "+r"(bits.w));
+      }
+    }
+#endif
+  }
 };
 
-// body(vectors of all shares, their first pixel), for each place in order.
+// body(first pixel, the vector of each share), for each place in order.
 template <typename L, typename Body, typename T, int V, int kHeld, typename... Others>
 __device__ void for_each_vector(const L& lane, const Body& body, const Share<T, V, kHeld>& first,
                                 const Others&... others) {
@@ -292,7 +292,9 @@ struct Peers {
   int floats;
 
   __device__ Peers(const Call& c, const Place& place, int floats_)
-      : count(static_cast<int>(c.tile.pixel_tiles)), own(static_cast<int>(place.pixel_tile)), cooperative(c.cooperative),
+      : count(static_cast<int>(c.tile.pixel_tiles)),
+        own(static_cast<int>(place.pixel_tile)),
+        cooperative(c.cooperative),
         workspace(c.partial + (place.image * c.tile.channel_tiles + place.channel_tile) * count * floats_),
         floats(floats_) {}
 

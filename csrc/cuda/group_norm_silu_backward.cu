@@ -108,8 +108,8 @@ __global__ void __launch_bounds__(kOnChipThreads, 1) on_chip_kernel(const Backwa
   float* const mean_dz_xhat = mean_dz + groups;
 
   Share<T, V, kHeld> x, grad_y;
-  Vector<T, V>* const spare = reinterpret_cast<Vector<T, V>*>(shared + tile_offset(b.tile, A, b.per_group, backward_keeps()));
-  x.spare = spare + threadIdx.x;
+  unsigned char* const tile = shared + tile_offset(b.tile, A, b.per_group, backward_keeps());
+  x.spare = reinterpret_cast<Vector<T, V>*>(tile) + threadIdx.x;
   grad_y.spare = x.spare + spare_vectors(b.tile, kHeld) * blockDim.x;
   x.load(origin(static_cast<const T*>(b.from), b.x.stride, lane, place.image), b.x.stride.s, lane);
   const T* const from_grad_y = origin(static_cast<const T*>(b.grad_y), b.grad_y_stride, lane, place.image);
@@ -336,7 +336,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_y, const 
   b.grad_add = data_of(grad_add);
   b.sums[kDz] = data_of(sum_dz);
   b.sums[kDzXhat] = data_of(sum_dz_xhat);
-  const bool vectors = has_vectors(b.from, b.x.stride, b.x, bytes) && has_vectors(b.grad_x, b.grad_x_stride, b.x, bytes);
+  const bool vectors =
+      has_vectors(b.from, b.x.stride, b.x, bytes) && has_vectors(b.grad_x, b.grad_x_stride, b.x, bytes);
   const Size size = size_of(b, bytes, vectors);
   b.pixels_each = size.pixels_each();
   const DeviceLimits& limits = current_device_limits();
@@ -346,7 +347,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_y, const 
     using T = typename decltype(type)::type;
     constexpr int V = decltype(width)::value;
     constexpr bool kLast = decltype(last)::value;
-    if (on_chip(plan, "group_norm_silu_backward, on chip", on_chip_kernel<T, V, kLast>)) {
+    if (stays_on_chip(plan, "group_norm_silu_backward, on chip", on_chip_kernel<T, V, kLast>)) {
       follow(plan, &b);
       Tensor partial = floats_like(x, {b.cooperative ? plan.blocks * kSums * b.tile.channels : 0});
       b.partial = data_of(partial);

@@ -4,8 +4,8 @@
 // pixels, one that combines them per group, one that applies them. Partial moments are combined after Chan, Golub and
 // LeVeque (1979), never as E[x^2] - E[x]^2. Nothing is atomic, so a result is the same bit by bit every time.
 //
-// The mean is kept as (mean, drift): subtracting the rounded mean is exact near it, and its own rounding error comes back
-// as the mean of the differences, so |mean| >> std costs no digits.
+// The mean is kept as (mean, drift): subtracting the rounded mean is exact near it, and its own rounding error comes
+// back as the mean of the differences, so |mean| >> std costs no digits.
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
@@ -58,7 +58,8 @@ __global__ void __launch_bounds__(kOnChipThreads, 1) on_chip_kernel(const Forwar
   float* const all = own + kMoments * groups;   // of all blocks that share the group: reference, drift, rstd
 
   Share<T, V, held_vectors(V, forward_keeps().tensors)> x;
-  x.spare = reinterpret_cast<Vector<T, V>*>(shared + tile_offset(f.tile, A, f.per_group, forward_keeps())) + threadIdx.x;
+  unsigned char* const tile = shared + tile_offset(f.tile, A, f.per_group, forward_keeps());
+  x.spare = reinterpret_cast<Vector<T, V>*>(tile) + threadIdx.x;
   x.load(origin(static_cast<const T*>(f.from), f.x.stride, lane, place.image), f.x.stride.s, lane);
   const int64_t first_channel = place.channel_tile * channels;
   for (int c = static_cast<int>(threadIdx.x); c < channels && first_channel + c < f.x.C;
@@ -370,7 +371,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, int64_t num_groups, 
     using T = typename decltype(type)::type;
     constexpr int V = decltype(width)::value;
     constexpr bool kLast = decltype(last)::value;
-    if (on_chip(plan, "group_norm_silu, on chip", on_chip_kernel<T, V, kLast>)) {
+    if (stays_on_chip(plan, "group_norm_silu, on chip", on_chip_kernel<T, V, kLast>)) {
       follow(plan, &f);
       Tensor partial = floats_like(x, {f.cooperative ? plan.blocks * kMoments * groups_of_tile(f) : 0});
       f.partial = data_of(partial);

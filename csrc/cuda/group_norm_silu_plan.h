@@ -1,7 +1,7 @@
 // How group_norm_silu is cut into blocks on a GPU: which regime, which tiles, how much shared memory.
 //
-// Plain arithmetic on sizes and device numbers. The tests compile it for the host and show that every element is covered
-// exactly once. x is (N, C, S); a thread owns vectors of `vector` elements, along the pixels when the image is
+// Plain arithmetic on sizes and device numbers. The tests compile it for the host and show that every element is
+// covered exactly once. x is (N, C, S); a thread owns vectors of `vector` elements, along the pixels when the image is
 // contiguous, along the channels when they are last.
 //
 // | regime      | launches | x is read | how blocks that share groups add up       |
@@ -20,7 +20,7 @@
 
 namespace fastdistill::cuda::group_norm_silu {
 
-// ---- the table: every threshold, and why ------------------------------------------------------------------------------
+// ---- the table: every threshold, and why ----------------------------------------------------------------------------
 //
 // The numbers that say "estimate" come from arithmetic on data sheets; no GPU has run them yet.
 
@@ -35,10 +35,11 @@ constexpr int kOnChipThreads = 512;
 // When there are more blocks than multiprocessors, two share one, so that one loads while the other stores.
 constexpr int kSharingThreads = kOnChipThreads / 2;
 constexpr int64_t kSharedReserve = 1024;  // that the system takes of every resident block
-// Vectors of a tensor that a thread keeps in registers, of one tensor or of each of two: the backward needs more registers
-// per channel, and spills with a fourth. Single elements take a register each.
+// Vectors of a tensor that a thread keeps in registers, of one tensor or of each of two: the backward needs more
+// registers per channel, and spills with a fourth. Single elements take a register each.
 constexpr int kHeldOfOne = 8, kHeldOfTwo = 3, kHeldElements = 16;
-// Per-channel values are kept in shared memory. 2560, the widest of the UNets, in one group still leaves room for a tile.
+// Per-channel values are kept in shared memory. 2560, the widest of the UNets, in one group still leaves room for a
+// tile.
 constexpr int kMaxChannels = 2560;
 
 // Estimate: a block with no more than 4 vectors for each of its threads is not split over a cluster any further; its
@@ -47,8 +48,8 @@ constexpr int64_t kEnoughPerBlock = 4 * kVectorBytes * kOnChipThreads;
 // Estimate: up to here (all tensors that are read) L2 holds everything, and rows shorter than a sector cost nothing but
 // issue slots; they are taken where they give more blocks.
 constexpr int64_t kSmallBytes = 10 << 20;
-// Estimate: a barrier over the grid takes as long as a multiprocessor needs to load so much, some 1500 clocks at 64 bytes
-// each. With less per block a cluster is better although it leaves half of the chip idle.
+// Estimate: a barrier over the grid takes as long as a multiprocessor needs to load so much, some 1500 clocks at 64
+// bytes each. With less per block a cluster is better although it leaves half of the chip idle.
 constexpr int64_t kBarrierBytes = 96 << 10;
 
 // Two-pass regime.
@@ -57,7 +58,7 @@ constexpr int64_t kBlocksPerWave = 1024;  // estimate: about eight blocks on eac
 constexpr int64_t kMaxPasses = 64;        // of a block over its pixels; partial results are 1 % of the traffic by then
 constexpr int kCombineThreads = 128;
 
-// ---- problem and tile -------------------------------------------------------------------------------------------------
+// ---- problem and tile -----------------------------------------------------------------------------------------------
 
 struct Size {
   int64_t images, channels, pixels, groups;
@@ -110,8 +111,8 @@ FASTDISTILL_HOST_DEVICE inline Place sweep_place(const Tile& tile, unsigned bloc
   return {run / pixel_tiles, block % channel_tiles, run % pixel_tiles};
 }
 
-// A thread's place in its tile, and what it covers: channels [first_channel, last_channel), which are none when the tile
-// hangs over, and the vectors that begin at pixel, pixel + step(), ... before last_pixel.
+// A thread's place in its tile, and what it covers: channels [first_channel, last_channel), which are none when the
+// tile hangs over, and the vectors that begin at pixel, pixel + step(), ... before last_pixel.
 template <int V, bool kChannelsLast>
 struct Lane {
   static constexpr int kChannels = kChannelsLast ? V : 1;  // of a vector
@@ -150,9 +151,10 @@ struct Lane {
   FASTDISTILL_HOST_DEVICE static constexpr int channel_of(int e) { return kChannelsLast ? e : 0; }
 };
 
-// ---- shared memory ----------------------------------------------------------------------------------------------------
+// ---- shared memory --------------------------------------------------------------------------------------------------
 
-// What a kernel on chip keeps: tensors that it reads, and floats in shared memory per channel and per group of its tile.
+// What a kernel on chip keeps: tensors that it reads, and floats in shared memory per channel and per group of its
+// tile.
 struct Keeps {
   int tensors, per_channel, per_group;
 };
@@ -184,7 +186,7 @@ FASTDISTILL_HOST_DEVICE inline int64_t spare_vectors(const Tile& tile, int held)
   return each > held ? each - held : 0;
 }
 
-// ---- plans ------------------------------------------------------------------------------------------------------------
+// ---- plans ----------------------------------------------------------------------------------------------------------
 
 enum class Regime { kCluster, kCooperative, kTwoPass };
 

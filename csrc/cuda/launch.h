@@ -72,8 +72,8 @@ struct Grid {
   bool cooperative = false;  // all blocks are resident at once, and may wait for one another
 };
 
-// Dynamic shared memory beyond what is granted unasked must be asked for, per kernel and device. All there is at once, so
-// that what another thread has asked for is never taken back.
+// Dynamic shared memory beyond what is granted unasked must be asked for, per kernel and device. All there is at once,
+// so that what another thread has asked for is never taken back.
 template <typename... Parameters>
 void allow_shared(const char* name, void (*kernel)(Parameters...), int64_t bytes) {
   constexpr int64_t kUnasked = 48 * 1024;

@@ -2,9 +2,9 @@
 //
 // Every thread of a block is a fibre that runs until it waits. Which one runs next is drawn at random from a seed, so
 // that a missing barrier shows as a wrong or a changing result. Blocks run one after the other in a random order; those
-// of a cluster, and all of a cooperative grid, run together, some faster than others. Shared memory is full of NaN when a block starts, and so is
-// what torch allocates for results when the tests ask it to. Launches that no device would take are errors, a barrier
-// that some threads never reach ends the process.
+// of a cluster, and all of a cooperative grid, run together, some faster than others. Shared memory is full of NaN when
+// a block starts, and so is what torch allocates for results when the tests ask it to. Launches that no device would
+// take are errors, a barrier that some threads never reach ends the process.
 //
 // What it cannot see: registers, timing, and memory order between blocks that run together.
 #include <setjmp.h>
@@ -282,7 +282,8 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
 }
 
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* kernel) {
-  attributes->maxDynamicSharedSizeBytes = static_cast<int>(emulator::allowed_shared[{emulator::current_device, kernel}]);
+  const int64_t allowed = emulator::allowed_shared[{emulator::current_device, kernel}];
+  attributes->maxDynamicSharedSizeBytes = static_cast<int>(allowed);
   return cudaSuccess;
 }
 

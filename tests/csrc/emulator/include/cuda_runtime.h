@@ -1,5 +1,6 @@
-// As much of the CUDA runtime as the kernels of this project use, for the host: a kernel is an ordinary function, each of
-// its threads a fibre, and the runtime's functions answer for the device that a test has described. See ../emulator.h.
+// As much of the CUDA runtime as the kernels of this project use, for the host: a kernel is an ordinary function, each
+// of its threads a fibre, and the runtime's functions answer for the device that a test has described. See
+// ../emulator.h.
 #pragma once
 
 #include <cmath>
@@ -79,7 +80,9 @@ cudaError_t run(const cudaLaunchConfig_t& config, const void* kernel, const std:
 extern dim3 threadIdx, blockIdx, blockDim, gridDim;  // of the fibre that runs
 
 inline void __syncthreads() { emulator::wait_for_block(); }
-inline float __shfl_xor_sync(unsigned, float value, int lane_mask) { return emulator::exchange_in_warp(value, lane_mask); }
+inline float __shfl_xor_sync(unsigned, float value, int lane_mask) {
+  return emulator::exchange_in_warp(value, lane_mask);
+}
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
