@@ -1,24 +1,23 @@
-// What the forward and the backward kernels of group_norm_silu share: the call, how threads share a tile, and sums
-// over the pixels of a channel and over the channels of a group.
+// What the forward and the backward kernels of group_norm_silu share: the call, a thread's share of a tile, sums over
+// the pixels of a channel and over the channels of a group, and how blocks that share groups read one another's sums.
 //
 // A tensor is (N, C, S). A thread owns vectors of V elements: V pixels of one channel when the image is contiguous, V
 // channels of one pixel when its channels are last. So the loads of a warp are whole lines in both layouts, and all
-// that differs between them is which index a vector runs along.
+// that differs between them is which index a vector runs along. group_norm_silu_plan.h says which block does what.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <algorithm>
 #include <cstdint>
-#include <numeric>
 #include <optional>
 
 #include "../layout.h"
 #include "device.cuh"
+#include "group_norm_silu_plan.h"
 #include "launch.h"
 
-namespace fastdistill::cuda {
+namespace fastdistill::cuda::group_norm_silu {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -47,25 +46,59 @@ inline Parameter parameter(const std::optional<Tensor>& tensor) {
           tensor->stride(per_image ? 1 : 0)};
 }
 
-struct Problem {
+// What both directions are told.
+struct Call {
   Layout x;
   int64_t groups, per_group;  // per_group = C / groups channels
   Parameter weight, bias, add;
   bool silu;
-
-  Problem(const Tensor& x_, int64_t groups_, const std::optional<Tensor>& weight_, const std::optional<Tensor>& bias_,
-          const std::optional<Tensor>& add_, bool silu_)
-      : x(layout_of(x_)),
-        groups(groups_),
-        per_group(x.C / groups_),
-        weight(parameter(weight_)),
-        bias(parameter(bias_)),
-        add(parameter(add_)),
-        silu(silu_) {}
-
-  // Elements that share one mean.
-  float group_size() const { return static_cast<float>(per_group * x.S); }
+  float group_size;  // elements that share one mean
+  Tile tile;
+  int pixels_each;   // of a vector
+  bool cooperative;  // blocks that share groups: of one cluster, or of the whole grid
+  bool streaming;
+  float* partial;    // partial results that blocks read from one another; a workspace
 };
+
+// The call, but for its plan and what it writes.
+inline Call call(const Tensor& x, int64_t groups, const std::optional<Tensor>& weight,
+                 const std::optional<Tensor>& bias, const std::optional<Tensor>& add, bool silu) {
+  Call c{};
+  c.x = layout_of(x);
+  c.groups = groups;
+  c.per_group = c.x.C / groups;
+  c.weight = parameter(weight);
+  c.bias = parameter(bias);
+  c.add = parameter(add);
+  c.silu = silu;
+  c.group_size = static_cast<float>(c.per_group * c.x.S);
+  return c;
+}
+
+inline void follow(const Plan& plan, Call* c) {
+  c->tile = plan.tile;
+  c->cooperative = plan.regime == Regime::kCooperative;
+  c->streaming = plan.streaming;
+}
+
+inline Size size_of(const Call& c, int64_t bytes, bool vectors) {
+  return {c.x.N,    c.x.C, c.x.S, c.groups, c.x.channels_last, static_cast<int>(bytes),
+          vectors ? static_cast<int>(kVectorBytes / bytes) : 1};
+}
+
+inline int64_t groups_of_tile(const Call& c) { return c.tile.channels / c.per_group; }
+
+inline Grid grid_of(const Plan& plan) {
+  return {plan.blocks, plan.threads, plan.shared_bytes, plan.cluster, plan.regime == Regime::kCooperative};
+}
+
+// Whether the plan keeps x on chip, and this device can do so: a grid that waits for itself must be resident as a
+// whole, which a driver that shares the device out may not allow.
+template <typename... Parameters>
+bool stays_on_chip(const Plan& plan, const char* name, void (*kernel)(Parameters...)) {
+  if (plan.regime != Regime::kCooperative) return plan.regime == Regime::kCluster;
+  return all_resident(name, kernel, grid_of(plan));
+}
 
 // A float32 tensor on x's device.
 inline Tensor floats_like(const Tensor& x, std::initializer_list<int64_t> sizes) {
@@ -118,207 +151,176 @@ void dispatch(ScalarType type, bool vectors, bool channels_last, const Body& bod
   }
 }
 
-// ---- tiles ----------------------------------------------------------------------------------------------------------
+// ---- a thread's share of a tile -------------------------------------------------------------------------------------
 
-constexpr int kSplitThreads = 256;
-constexpr int kMaxWholeChannels = 1024;  // of one tile: their sums are kept in shared memory
-constexpr int kCombineThreads = 128;
-constexpr int64_t kBlocksPerWave = 1024;  // about eight blocks on each of 132 multiprocessors
-constexpr int64_t kMaxPasses = 64;        // of a block over its pixels; by then the partial results are 1 % of the traffic
-constexpr int64_t kSectorBytes = 32;
-constexpr int64_t kLineBytes = 128;
-
-// What one block works on: `across` threads along the channels times `along` threads along the pixels.
-struct Tile {
-  int across, along;
-  int channels;            // of the tile
-  int64_t pixels;          // of the tile
-  int64_t channel_tiles, pixel_tiles;
-
-  int threads() const { return (across * along + kWarp - 1) / kWarp * kWarp; }
-  int64_t blocks(int64_t images) const { return images * channel_tiles * pixel_tiles; }
-};
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// The largest power of two <= n.
-inline int floor_power_of_two(int64_t n) {
-  int power = 1;
-  while (2 * static_cast<int64_t>(power) <= n && power < (1 << 30)) power *= 2;
-  return power;
+// Element 0 of the thread's channels in its image.
+template <typename T, typename L>
+__device__ T* origin(T* data, const Strides3& stride, const L& lane, int64_t image) {
+  return data + image * stride.n + lane.first_channel * stride.c;
 }
 
-// Any channels, a run of pixels; v elements per vector.
-inline Tile split_tile(const Layout& x, int v, int64_t bytes) {
-  const int channels_each = x.channels_last ? v : 1, pixels_each = x.channels_last ? 1 : v;
-  const int64_t channel_lanes = ceil_div(x.C, channels_each), pixel_lanes = ceil_div(x.S, pixels_each);
-  Tile tile;
-  if (x.channels_last) {
-    // A pixel of the tile is one 128-byte line, more only when there are too few pixels for the threads.
-    const int64_t line = kLineBytes / (channels_each * bytes);
-    const int64_t wanted = std::max<int64_t>(line, kSplitThreads / floor_power_of_two(pixel_lanes));
-    tile.across = static_cast<int>(std::min<int64_t>({wanted, 2 * floor_power_of_two(channel_lanes), kSplitThreads}));
-    tile.along = kSplitThreads / tile.across;
-  } else {
-    tile.along = static_cast<int>(std::min<int64_t>(kSplitThreads, floor_power_of_two(pixel_lanes)));
-    tile.across = kSplitThreads / tile.along;
-  }
-  tile.channels = tile.across * channels_each;
-  tile.channel_tiles = ceil_div(x.C, tile.channels);
-  const int64_t pass = static_cast<int64_t>(tile.along) * pixels_each;
-  const int64_t passes = ceil_div(x.S, pass);
-  const int64_t each = std::clamp<int64_t>(x.N * tile.channel_tiles * passes / kBlocksPerWave, 1, kMaxPasses);
-  tile.pixels = each * pass;
-  tile.pixel_tiles = ceil_div(x.S, tile.pixels);
-  return tile;
-}
+// A thread's vectors of one tensor: the first kHeld in registers, the others in shared memory, in places of its own.
+template <typename T, int V, int kHeld>
+struct Share {
+  Vector<T, V> held[kHeld];
+  Vector<T, V>* spare;
 
-// Whole groups with all their pixels, on at most `threads` of at most `elements` each; none when they do not fit.
-inline std::optional<Tile> whole_tile(const Problem& p, int v, int64_t bytes, int64_t threads, int64_t elements) {
-  const Layout& x = p.x;
-  const int channels_each = x.channels_last ? v : 1, pixels_each = x.channels_last ? 1 : v;
-  int64_t groups = 1;
-  if (x.channels_last) {
-    // Rows of whole 32-byte sectors. They may be shorter where that is too much, but not for vectors.
-    groups = std::min(std::lcm(kSectorBytes / bytes, p.per_group) / p.per_group, p.groups);
-    while (groups > 1 && groups * p.per_group * x.S > elements * threads &&
-           groups / 2 * p.per_group % v == 0) {
-      groups /= 2;
+  __device__ Vector<T, V> from_spare(int i) const { return load_vector<V>(spare[i * blockDim.x].value); }
+
+  // `from` is the origin of the thread's channels; vectors lie `stride` apart from pixel to pixel.
+  template <typename L>
+  __device__ void load(const T* from, int64_t stride, const L& lane) {
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) {
+      const int64_t s = lane.pixel + i * lane.step();
+      if (s < lane.last_pixel) held[i] = load_vector<V>(from + s * stride);
     }
-  }
-  const int64_t channels = groups * p.per_group, lanes = channels / channels_each;
-  if (channels % channels_each != 0 || channels > kMaxWholeChannels || lanes > threads) return std::nullopt;
-  const int64_t vectors = ceil_div(x.S, pixels_each);
-  const int64_t along = std::min(threads / lanes, vectors);
-  if (ceil_div(vectors, along) * v > elements) return std::nullopt;
-  Tile tile;
-  tile.across = static_cast<int>(lanes);
-  tile.along = static_cast<int>(along);
-  tile.channels = static_cast<int>(channels);
-  tile.pixels = x.S;
-  tile.channel_tiles = ceil_div(p.groups, groups);
-  tile.pixel_tiles = 1;
-  return tile;
-}
-
-// A combine kernel's threads form rows of so many channels of a group.
-inline int combine_columns(int64_t per_group) {
-  return std::min(kWarp, 2 * floor_power_of_two(std::max<int64_t>(1, per_group - 1)));
-}
-
-// ---- device: a thread's place in its tile ---------------------------------------------------------------------------
-
-template <int V, bool kChannelsLast>
-struct Lane {
-  static constexpr int kChannels = kChannelsLast ? V : 1;  // that a thread owns
-  static constexpr int kPixels = kChannelsLast ? 1 : V;    // of one of its vectors
-
-  int tx, ty;           // along the channels, along the pixels
-  int across, along;    // threads in either direction
-  bool active;          // threads that only fill up the last warp take part in nothing but barriers
-  int64_t n;            // image
-  int64_t first_channel, last_channel;  // of the thread: [first, last), none when the tile hangs over
-  int64_t pixel, last_pixel;            // first of the thread, end of the tile
-  int64_t pixel_tile;
-
-  // `block` counts channel tiles first, then pixel tiles, then images.
-  __device__ Lane(const Tile& tile, const Layout& x, unsigned block) : across(tile.across), along(tile.along) {
-    const int t = static_cast<int>(threadIdx.x);
-    active = t < across * along;
-    tx = kChannelsLast ? t % across : t / along;
-    ty = kChannelsLast ? t / across : t % along;
-    const unsigned channel_tiles = static_cast<unsigned>(tile.channel_tiles);
-    const unsigned pixel_tiles = static_cast<unsigned>(tile.pixel_tiles);
-    const unsigned channel_tile = block % channel_tiles;
-    pixel_tile = block / channel_tiles % pixel_tiles;
-    n = block / channel_tiles / pixel_tiles;
-    const int64_t tile_end = min((channel_tile + int64_t{1}) * tile.channels, x.C);
-    first_channel = channel_tile * int64_t{tile.channels} + tx * kChannels;
-    last_channel = active ? min(first_channel + kChannels, tile_end) : first_channel;
-    const int64_t start = pixel_tile * tile.pixels;
-    last_pixel = first_channel < last_channel ? min(start + tile.pixels, x.S) : start;
-    pixel = start + ty * int64_t{kPixels};
-  }
-
-  __device__ int64_t step() const { return int64_t{along} * kPixels; }
-  __device__ int64_t offset(const Strides3& stride, int64_t s) const {
-    return n * stride.n + first_channel * stride.c + s * stride.s;
-  }
-  // Pixels of each of its channels that fall to this thread.
-  __device__ int64_t pixels() const {
-    return pixel < last_pixel ? ((last_pixel - pixel - 1) / step() + 1) * kPixels : 0;
-  }
-  // Which of the thread's channels element e of a vector belongs to.
-  static __device__ constexpr int channel_of(int e) { return kChannelsLast ? e : 0; }
-};
-
-// Each value[k][a] of a channel summed over the threads that share it; afterwards all of them hold the sum.
-// scratch: A floats per thread of the tile.
-template <int K, int A>
-__device__ void sum_over_pixels(float (&value)[K][A], float* scratch, int tx, int ty, int across, int along,
-                                bool active) {
-  const int plane = across * along;
-  float* own = scratch + ty * across + tx;
-#pragma unroll
-  for (int k = 0; k < K; ++k) {
-    if (active) {
-#pragma unroll
-      for (int a = 0; a < A; ++a) own[a * plane] = value[k][a];
-    }
-    __syncthreads();
-    for (int left = along; left > 1; left = (left + 1) / 2) {
-      const int half = (left + 1) / 2;
-      if (active && ty < left - half) {
-#pragma unroll
-        for (int a = 0; a < A; ++a) own[a * plane] += own[a * plane + half * across];
+    int i = 0;
+    for (int64_t s = lane.pixel + kHeld * lane.step(); s < lane.last_pixel; s += lane.step(), ++i) {
+      if constexpr (sizeof(Vector<T, V>) == kVectorBytes) {
+        start_copy(spare + i * blockDim.x, from + s * stride);
+      } else {
+        spare[i * blockDim.x] = load_vector<V>(from + s * stride);
       }
-      __syncthreads();
     }
-    if (active) {
+  }
+
+  // The same for elements that are `along` apart within a vector.
+  template <typename L>
+  __device__ void load_strided(const T* from, int64_t stride, int64_t along, const L& lane) {
 #pragma unroll
-      for (int a = 0; a < A; ++a) value[k][a] = scratch[a * plane + tx];
+    for (int i = 0; i < kHeld; ++i) {
+      const int64_t s = lane.pixel + i * lane.step();
+      if (s < lane.last_pixel) held[i] = cuda::load_strided<V>(from + s * stride, along);
     }
-    __syncthreads();
+    int i = 0;
+    for (int64_t s = lane.pixel + kHeld * lane.step(); s < lane.last_pixel; s += lane.step(), ++i) {
+      spare[i * blockDim.x] = cuda::load_strided<V>(from + s * stride, along);
+    }
+  }
+
+  // Between two passes: the compiler may no longer know the vectors, and so converts them again instead of keeping
+  // their elements as floats beside them, for which there are no registers.
+  __device__ void forget_conversions() {
+#ifdef __CUDACC__
+    if constexpr (sizeof(T) < 4 && V > 1) {
+#pragma unroll
+      for (int i = 0; i < kHeld; ++i) {
+        uint4& bits = reinterpret_cast<uint4&>(held[i]);
+        asm volatile("" : "+r"(bits.x), "+r"(bits.y), "+r"(bits.z), "+r"(bits.w));
+      }
+    }
+#endif
+  }
+};
+
+// body(first pixel, the vector of each share), for each place in order.
+template <typename L, typename Body, typename T, int V, int kHeld, typename... Others>
+__device__ void for_each_vector(const L& lane, const Body& body, const Share<T, V, kHeld>& first,
+                                const Others&... others) {
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) {
+    const int64_t s = lane.pixel + i * lane.step();
+    if (s < lane.last_pixel) body(s, first.held[i], others.held[i]...);
+  }
+  int i = 0;
+  for (int64_t s = lane.pixel + kHeld * lane.step(); s < lane.last_pixel; s += lane.step(), ++i) {
+    body(s, first.from_spare(i), others.from_spare(i)...);
   }
 }
 
-// Sums per channel, which all threads of a channel hold, added up over each group of a whole tile; afterwards each
-// thread holds the totals of the groups of its channels. scratch: a float per channel and one per group.
-template <int K, int A>
-__device__ void sum_over_groups(float (&value)[K][A], float* scratch, int tx, int ty, bool active, int channels,
-                                int per_group) {
-  float* totals = scratch + channels;
-  const int warps = static_cast<int>(blockDim.x) / kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+// ---- sums -----------------------------------------------------------------------------------------------------------
+
+// sums[k * tile.channels + c] = value[k] of channel c, summed over the threads of the tile that share the channel.
+// rows: row_floats(tile, A). All threads may read the sums afterwards.
+template <bool kChannelsLast, int K, int A, typename L>
+__device__ void sum_over_pixels(const float (&value)[K][A], float* rows, float* sums, const Tile& tile, const L& lane) {
+  // In either layout the values of a thread lie at its index: rows of channels, or channels of pixels.
+  const int row_stride = kChannelsLast ? tile.channels : 1, column_stride = kChannelsLast ? 1 : tile.along;
 #pragma unroll
   for (int k = 0; k < K; ++k) {
-    if (active && ty == 0) {
+    if (lane.active) {
+      constexpr int kWidth = A % 4 == 0 ? 4 : 1;  // shared memory takes 16 bytes of a thread at once
 #pragma unroll
-      for (int a = 0; a < A; ++a) scratch[tx * A + a] = value[k][a];
+      for (int a = 0; a < A; a += kWidth) {
+        Vector<float, kWidth> part;
+#pragma unroll
+        for (int e = 0; e < kWidth; ++e) part.value[e] = value[k][a + e];
+        store_vector(rows + threadIdx.x * A + a, part);
+      }
     }
     __syncthreads();
-    for (int group = warp; group < channels / per_group; group += warps) {
-      float total = 0.0f;
-      for (int c = lane; c < per_group; c += kWarp) total += scratch[group * per_group + c];
-      total = sum_over_warp(total);
-      if (lane == 0) totals[group] = total;
-    }
-    __syncthreads();
-    if (active) {
-#pragma unroll
-      for (int a = 0; a < A; ++a) value[k][a] = totals[(tx * A + a) / per_group];
-    }
+    sum_columns(
+        tile.channels, tile.along, tile.helpers,
+        [&](int row, int c) { return rows[row * row_stride + c * column_stride]; },
+        [&](int c, float total) { sums[k * tile.channels + c] = total; });
     __syncthreads();
   }
 }
 
-// Shared memory of the two, in bytes.
-template <int V, bool kChannelsLast>
-int64_t pixel_sum_bytes(const Tile& tile) {
-  return int64_t{Lane<V, kChannelsLast>::kChannels} * tile.across * tile.along * sizeof(float);
-}
-inline int64_t group_sum_bytes(const Tile& tile, int64_t per_group) {
-  return (tile.channels + tile.channels / per_group) * sizeof(float);
+// body(group of the tile, lane), once for each group, by all lanes of one warp.
+template <typename Body>
+__device__ void for_each_group(int groups, const Body& body) {
+  const int warps = static_cast<int>(blockDim.x) / kWarp;
+  for (int group = static_cast<int>(threadIdx.x) / kWarp; group < groups; group += warps) {
+    body(group, static_cast<int>(threadIdx.x) % kWarp);
+  }
 }
 
-}  // namespace fastdistill::cuda
+// Which group of the tile each of a thread's channels belongs to. (Without a division per channel.)
+template <int A>
+struct GroupOf {
+  int group[A];
+  __device__ GroupOf(int first_channel, int per_group) {
+    int g = first_channel / per_group, channel = first_channel % per_group;
+#pragma unroll
+    for (int a = 0; a < A; ++a) {
+      group[a] = g;
+      if (++channel == per_group) {
+        channel = 0;
+        ++g;
+      }
+    }
+  }
+};
+
+// The blocks that share the groups of a tile. Each publishes values; then every one may read those of all.
+struct Peers {
+  int count, own;
+  bool cooperative;
+  float* workspace;  // of these blocks, `floats` for each
+  int floats;
+
+  __device__ Peers(const Call& c, const Place& place, int floats_)
+      : count(static_cast<int>(c.tile.pixel_tiles)),
+        own(static_cast<int>(place.pixel_tile)),
+        cooperative(c.cooperative),
+        workspace(c.partial + (place.image * c.tile.channel_tiles + place.channel_tile) * count * floats_),
+        floats(floats_) {}
+
+  __device__ void publish(const float* values) {
+    __syncthreads();
+    if (cooperative) {
+      for (int i = static_cast<int>(threadIdx.x); i < floats; i += static_cast<int>(blockDim.x)) {
+        workspace[own * floats + i] = values[i];
+      }
+      wait_for_grid();
+    } else if (count > 1) {
+      arrive_in_cluster();
+      wait_for_cluster();
+    }
+  }
+  __device__ const float* values_of(const float* values, int peer) const {
+    if (cooperative) return workspace + peer * floats;
+    return count > 1 ? in_block_of_cluster(values, static_cast<unsigned>(peer)) : values;
+  }
+  // Shared memory must outlive its readers: every block says when it has read, and waits for the others before it ends.
+  __device__ void have_read() const {
+    if (!cooperative && count > 1) arrive_in_cluster();
+  }
+  __device__ void before_the_end() const {
+    if (!cooperative && count > 1) wait_for_cluster();
+  }
+};
+
+}  // namespace fastdistill::cuda::group_norm_silu

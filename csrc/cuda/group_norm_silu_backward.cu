@@ -11,31 +11,22 @@
 
 #include "group_norm_silu.cuh"
 
-namespace fastdistill::cuda {
+namespace fastdistill::cuda::group_norm_silu {
 namespace {
 
-constexpr int kWholeThreads = 256;  // half of the forward's: a thread keeps twice as much
-constexpr int kWholeElements = 32;  // per thread, of x and of grad_y
-constexpr int kBatch = 2;           // loads of each in flight per thread
-constexpr int kSums = 3;            // per channel: dz, dz * xhat, xhat
-constexpr int kBatchRows = 8;       // of the block that sums over the batch
+constexpr int kBatch = 2;         // loads of each tensor in flight per thread of a sweep
+constexpr int kSums = 3;          // per channel: dz, dz * xhat, xhat
+constexpr int kBatchHelpers = 8;  // threads that add up one channel over the batch
 enum { kDz, kDzXhat, kXhat };
 
-struct Backward {
-  Layout x;
-  int64_t groups, per_group;
-  Parameter weight, bias, add;
-  bool silu;
-  Tile tile;
+struct Backward : Call {
   const void *from, *grad_y;
   Strides3 grad_y_stride;
   bool grad_y_vectors;       // vectors of x's kind can be loaded from grad_y at once
   void* grad_x;
   Strides3 grad_x_stride;
-  float group_size;
   const float *mean, *rstd;  // (N, G)
   float* grad_add;           // (N, C)
-  float* partial;            // (kSums, N, pixel tiles, C)
   float* sums[kSums];        // (N, C) each
   float *mean_dz, *mean_dz_xhat;  // (N, G): the two sums over a group, divided by D, weight included
 };
@@ -68,148 +59,191 @@ __device__ float grad_add(float pixels, float sum_dz, float sum_xhat, const Chan
   return c.rstd * (c.weight * sum_dz - pixels * mean_dz - sum_xhat * mean_dz_xhat);
 }
 
-template <typename T, int V, bool kChannelsLast>
-__device__ Vector<T, V> load_grad_y(const Backward& b, const Lane<V, kChannelsLast>& lane, int64_t s) {
-  const T* from = static_cast<const T*>(b.grad_y) + lane.offset(b.grad_y_stride, s);
-  if (b.grad_y_vectors) return load_vector<V>(from);
-  return load_strided<V>(from, kChannelsLast ? b.grad_y_stride.c : b.grad_y_stride.s);
+__device__ int64_t along_vector(const Strides3& stride, bool channels_last) {
+  return channels_last ? stride.c : stride.s;
+}
+
+// Adds a vector's part to the sums of its channels.
+template <typename L, typename T, int V, int A>
+__device__ void add_to_sums(float (&sums)[kSums][A], const Vector<T, V>& x, const Vector<T, V>& grad_y,
+                            const Channel (&channels)[A], bool silu) {
+#pragma unroll
+  for (int e = 0; e < V; ++e) {
+    const int a = L::channel_of(e);
+    const float xhat = normalise(to_float(x.value[e]), channels[a]);
+    const float dz = grad_z(to_float(grad_y.value[e]), xhat, channels[a], silu);
+    sums[kDz][a] += dz;
+    sums[kDzXhat][a] += dz * xhat;
+    sums[kXhat][a] += xhat;
+  }
+}
+
+template <typename L, typename T, int V, int A>
+__device__ Vector<T, V> grad_x(const Vector<T, V>& x, const Vector<T, V>& grad_y, const Channel (&channels)[A],
+                               const float (&mean_dz)[A], const float (&mean_dz_xhat)[A], bool silu) {
+  Vector<T, V> result;
+#pragma unroll
+  for (int e = 0; e < V; ++e) {
+    const int a = L::channel_of(e);
+    const float xhat = normalise(to_float(x.value[e]), channels[a]);
+    const float dz = grad_z(to_float(grad_y.value[e]), xhat, channels[a], silu);
+    result.value[e] = from_float<T>(grad_u(xhat, dz, channels[a], mean_dz[a], mean_dz_xhat[a]));
+  }
+  return result;
 }
 
 template <typename T, int V, bool kChannelsLast>
-__global__ void __launch_bounds__(kWholeThreads, 1) whole_kernel(const Backward b) {
+__global__ void __launch_bounds__(kOnChipThreads, 1) on_chip_kernel(const Backward b) {
   using L = Lane<V, kChannelsLast>;
-  constexpr int A = L::kChannels, kVectors = kWholeElements / V;
-  extern __shared__ float scratch[];
-  float* group_scratch = scratch + A * b.tile.across * b.tile.along;
-  const L lane(b.tile, b.x, blockIdx.x);
-  const bool owns = lane.first_channel < lane.last_channel;
+  constexpr int A = L::kChannels, kHeld = held_vectors(V, backward_keeps().tensors);
+  FASTDISTILL_DYNAMIC_SHARED(shared);
+  const Place place = on_chip_place(b.tile, blockIdx.x);
+  const L lane(b.tile, place, b.x.C, b.x.S, static_cast<int>(threadIdx.x));
+  const int channels = b.tile.channels, per_group = static_cast<int>(b.per_group), groups = channels / per_group;
+  float* const rows = reinterpret_cast<float*>(shared);
+  float* const weight = rows + row_floats(b.tile, A);
+  float* const own = weight + channels;           // kSums per channel, of this block
+  float* const all = own + kSums * channels;      // of all blocks that share the channel
+  float* const mean_dz = all + kSums * channels;  // per group, as mean_dz_xhat
+  float* const mean_dz_xhat = mean_dz + groups;
 
-  Vector<T, V> x[kVectors], grad_y[kVectors];
-#pragma unroll
-  for (int i = 0; i < kVectors; ++i) {
-    const int64_t s = lane.pixel + i * lane.step();
-    if (s >= lane.last_pixel) continue;
-    x[i] = load_vector<V>(static_cast<const T*>(b.from) + lane.offset(b.x.stride, s));
-    grad_y[i] = load_grad_y<T>(b, lane, s);
+  Share<T, V, kHeld> x, grad_y;
+  unsigned char* const tile = shared + tile_offset(b.tile, A, b.per_group, backward_keeps());
+  x.spare = reinterpret_cast<Vector<T, V>*>(tile) + threadIdx.x;
+  grad_y.spare = x.spare + spare_vectors(b.tile, kHeld) * blockDim.x;
+  x.load(origin(static_cast<const T*>(b.from), b.x.stride, lane, place.image), b.x.stride.s, lane);
+  const T* const from_grad_y = origin(static_cast<const T*>(b.grad_y), b.grad_y_stride, lane, place.image);
+  if (b.grad_y_vectors) {
+    grad_y.load(from_grad_y, b.grad_y_stride.s, lane);
+  } else {
+    grad_y.load_strided(from_grad_y, b.grad_y_stride.s, along_vector(b.grad_y_stride, kChannelsLast), lane);
   }
-  Channel channels[A] = {};
-#pragma unroll
-  for (int a = 0; a < A; ++a) {
-    if (owns) channels[a] = channel(b, lane.n, lane.first_channel + a);
+  const int64_t first_channel = place.channel_tile * channels;
+  for (int c = static_cast<int>(threadIdx.x); c < channels && first_channel + c < b.x.C;
+       c += static_cast<int>(blockDim.x)) {
+    weight[c] = b.weight.at(place.image, first_channel + c, 1.0f);
   }
+  const int first = static_cast<int>(lane.first_channel - first_channel);
+  Channel of_thread[A] = {};
+  if (lane.owns()) {
+#pragma unroll
+    for (int a = 0; a < A; ++a) of_thread[a] = channel(b, place.image, lane.first_channel + a);
+  }
+  wait_for_copies();
+
   float sums[kSums][A] = {};
+  for_each_vector(
+      lane,
+      [&](int64_t, const Vector<T, V>& x_, const Vector<T, V>& grad_y_) {
+        add_to_sums<L>(sums, x_, grad_y_, of_thread, b.silu);
+      },
+      x, grad_y);
+  sum_over_pixels<kChannelsLast>(sums, rows, own, b.tile, lane);
+  Peers peers(b, place, kSums * channels);
+  peers.publish(own);
+  sum_columns(
+      kSums * channels, peers.count, b.tile.helpers,
+      [&](int peer, int i) { return peers.values_of(own, peer)[i]; }, [&](int i, float total) { all[i] = total; });
+  peers.have_read();
+  __syncthreads();
+  for_each_group(groups, [&](int group, int t) {
+    float dz = 0.0f, dz_xhat = 0.0f;
+    for (int c = group * per_group + t; c < (group + 1) * per_group && first_channel + c < b.x.C; c += kWarp) {
+      dz += weight[c] * all[kDz * channels + c];
+      dz_xhat += weight[c] * all[kDzXhat * channels + c];
+    }
+    dz = sum_over_warp(dz);
+    dz_xhat = sum_over_warp(dz_xhat);
+    if (t != 0) return;
+    mean_dz[group] = dz / b.group_size;
+    mean_dz_xhat[group] = dz_xhat / b.group_size;
+  });
+  __syncthreads();
+
+  x.forget_conversions();
+  grad_y.forget_conversions();
+  float means[2][A] = {};
+  if (lane.owns()) {
+    const GroupOf<A> of(first, per_group);
 #pragma unroll
-  for (int i = 0; i < kVectors; ++i) {
-    if (lane.pixel + i * lane.step() >= lane.last_pixel) continue;
-#pragma unroll
-    for (int e = 0; e < V; ++e) {
-      const int a = L::channel_of(e);
-      const float xhat = normalise(to_float(x[i].value[e]), channels[a]);
-      const float dz = grad_z(to_float(grad_y[i].value[e]), xhat, channels[a], b.silu);
-      sums[kDz][a] += dz;
-      sums[kDzXhat][a] += dz * xhat;
-      sums[kXhat][a] += xhat;
+    for (int a = 0; a < A; ++a) {
+      means[kDz][a] = mean_dz[of.group[a]];
+      means[kDzXhat][a] = mean_dz_xhat[of.group[a]];
+      if (lane.ty != 0 || peers.own != 0) continue;
+      const int64_t i = place.image * b.x.C + lane.first_channel + a;
+      const float *dz = all + kDz * channels, *dz_xhat = all + kDzXhat * channels, *xhat = all + kXhat * channels;
+      b.sums[kDz][i] = dz[first + a];
+      b.sums[kDzXhat][i] = dz_xhat[first + a];
+      b.grad_add[i] = grad_add(static_cast<float>(b.x.S), dz[first + a], xhat[first + a], of_thread[a], means[kDz][a],
+                               means[kDzXhat][a]);
     }
   }
-  sum_over_pixels(sums, scratch, lane.tx, lane.ty, lane.across, lane.along, lane.active);
-  float means[2][A];
-#pragma unroll
-  for (int a = 0; a < A; ++a) {
-    means[kDz][a] = channels[a].weight * sums[kDz][a];
-    means[kDzXhat][a] = channels[a].weight * sums[kDzXhat][a];
-  }
-  sum_over_groups(means, group_scratch, lane.tx, lane.ty, lane.active, b.tile.channels, static_cast<int>(b.per_group));
-#pragma unroll
-  for (int a = 0; a < A; ++a) {
-    means[kDz][a] /= b.group_size;
-    means[kDzXhat][a] /= b.group_size;
-    if (!owns || lane.ty != 0) continue;
-    const int64_t i = lane.n * b.x.C + lane.first_channel + a;
-    b.sums[kDz][i] = sums[kDz][a];
-    b.sums[kDzXhat][i] = sums[kDzXhat][a];
-    b.grad_add[i] = grad_add(static_cast<float>(b.x.S), sums[kDz][a], sums[kXhat][a], channels[a], means[kDz][a],
-                             means[kDzXhat][a]);
-  }
-#pragma unroll
-  for (int i = 0; i < kVectors; ++i) {
-    const int64_t s = lane.pixel + i * lane.step();
-    if (s >= lane.last_pixel) continue;
-#pragma unroll
-    for (int e = 0; e < V; ++e) {
-      const int a = L::channel_of(e);
-      const float xhat = normalise(to_float(x[i].value[e]), channels[a]);
-      const float dz = grad_z(to_float(grad_y[i].value[e]), xhat, channels[a], b.silu);
-      x[i].value[e] = from_float<T>(grad_u(xhat, dz, channels[a], means[kDz][a], means[kDzXhat][a]));
-    }
-    store_vector(static_cast<T*>(b.grad_x) + lane.offset(b.grad_x_stride, s), x[i]);
-  }
+  T* const to = origin(static_cast<T*>(b.grad_x), b.grad_x_stride, lane, place.image);
+  for_each_vector(
+      lane,
+      [&](int64_t s, const Vector<T, V>& x_, const Vector<T, V>& grad_y_) {
+        store_vector(to + s * b.grad_x_stride.s,
+                     grad_x<L>(x_, grad_y_, of_thread, means[kDz], means[kDzXhat], b.silu));
+      },
+      x, grad_y);
+  peers.before_the_end();
 }
 
 template <typename T, int V, bool kChannelsLast>
-__global__ void __launch_bounds__(kSplitThreads) sums_kernel(const Backward b) {
+__global__ void __launch_bounds__(kSweepThreads, 2) sums_kernel(const Backward b) {
   using L = Lane<V, kChannelsLast>;
   constexpr int A = L::kChannels;
-  extern __shared__ float scratch[];
-  const L lane(b.tile, b.x, blockIdx.x);
-  Channel channels[A] = {};
+  FASTDISTILL_DYNAMIC_SHARED(shared);
+  const Place place = sweep_place(b.tile, blockIdx.x);
+  const L lane(b.tile, place, b.x.C, b.x.S, static_cast<int>(threadIdx.x));
+  float* const rows = reinterpret_cast<float*>(shared);
+  float* const of_tile = rows + row_floats(b.tile, A);
+  Channel of_thread[A] = {};
+  if (lane.owns()) {
 #pragma unroll
-  for (int a = 0; a < A; ++a) {
-    if (lane.first_channel + a < lane.last_channel) channels[a] = channel(b, lane.n, lane.first_channel + a);
+    for (int a = 0; a < A; ++a) of_thread[a] = channel(b, place.image, lane.first_channel + a);
   }
+  const T* const from = origin(static_cast<const T*>(b.from), b.x.stride, lane, place.image);
+  const T* const from_grad_y = origin(static_cast<const T*>(b.grad_y), b.grad_y_stride, lane, place.image);
   float sums[kSums][A] = {};
 #pragma unroll 2
   for (int64_t s = lane.pixel; s < lane.last_pixel; s += lane.step()) {
-    const Vector<T, V> x = load_vector<V>(static_cast<const T*>(b.from) + lane.offset(b.x.stride, s));
-    const Vector<T, V> grad_y = load_grad_y<T>(b, lane, s);
-#pragma unroll
-    for (int e = 0; e < V; ++e) {
-      const int a = L::channel_of(e);
-      const float xhat = normalise(to_float(x.value[e]), channels[a]);
-      const float dz = grad_z(to_float(grad_y.value[e]), xhat, channels[a], b.silu);
-      sums[kDz][a] += dz;
-      sums[kDzXhat][a] += dz * xhat;
-      sums[kXhat][a] += xhat;
-    }
+    const Vector<T, V> x = load_past_l1<V>(from + s * b.x.stride.s);
+    const Vector<T, V> grad_y = b.grad_y_vectors
+                                    ? load_past_l1<V>(from_grad_y + s * b.grad_y_stride.s)
+                                    : load_strided<V>(from_grad_y + s * b.grad_y_stride.s,
+                                                      along_vector(b.grad_y_stride, kChannelsLast));
+    add_to_sums<L>(sums, x, grad_y, of_thread, b.silu);
   }
-  sum_over_pixels(sums, scratch, lane.tx, lane.ty, lane.across, lane.along, lane.active);
-  if (lane.ty != 0) return;
-  const int64_t plane = b.x.N * b.tile.pixel_tiles * b.x.C;
-  float* row = b.partial + (lane.n * b.tile.pixel_tiles + lane.pixel_tile) * b.x.C;
+  sum_over_pixels<kChannelsLast>(sums, rows, of_tile, b.tile, lane);
+  const int64_t plane = b.x.N * b.tile.pixel_tiles * b.x.C, start = place.channel_tile * b.tile.channels;
+  float* const partial = b.partial + (place.image * b.tile.pixel_tiles + place.pixel_tile) * b.x.C + start;
+  for (int c = static_cast<int>(threadIdx.x); c < b.tile.channels && start + c < b.x.C;
+       c += static_cast<int>(blockDim.x)) {
 #pragma unroll
-  for (int a = 0; a < A; ++a) {
-    const int64_t c = lane.first_channel + a;
-    if (c >= lane.last_channel) continue;
-#pragma unroll
-    for (int k = 0; k < kSums; ++k) row[k * plane + c] = sums[k][a];
+    for (int k = 0; k < kSums; ++k) partial[k * plane + c] = of_tile[k * b.tile.channels + c];
   }
 }
 
-// A block per (image, group). Its threads form rows of `columns` channels, as many rows as there are threads for.
-__global__ void __launch_bounds__(kCombineThreads) combine_sums_kernel(const Backward b, const int columns) {
-  __shared__ float scratch[kCombineThreads];
+// A block per (image, group).
+__global__ void __launch_bounds__(kCombineThreads) combine_sums_kernel(const Backward b, const int helpers) {
+  __shared__ float scratch[kCombineThreads / kWarp];
   const int64_t n = blockIdx.x / b.groups, first_channel = blockIdx.x % b.groups * b.per_group;
   const int64_t splits = b.tile.pixel_tiles, plane = b.x.N * splits * b.x.C;
-  const int column = static_cast<int>(threadIdx.x) % columns, row = static_cast<int>(threadIdx.x) / columns;
-  const int rows = kCombineThreads / columns;
-  float dz = 0.0f, dz_xhat = 0.0f;
-  for (int64_t first = 0; first < b.per_group; first += columns) {
-    const int64_t c = first_channel + first + column;
-    const bool in_group = first + column < b.per_group;
-    float sums[kSums][1] = {};
-    for (int64_t split = row; in_group && split < splits; split += rows) {
+  float of_group[2] = {};
 #pragma unroll
-      for (int k = 0; k < kSums; ++k) sums[k][0] += b.partial[k * plane + (n * splits + split) * b.x.C + c];
-    }
-    sum_over_pixels(sums, scratch, column, row, columns, rows, true);
-    if (!in_group || row != 0) continue;
-#pragma unroll
-    for (int k = 0; k < kSums; ++k) b.sums[k][n * b.x.C + c] = sums[k][0];
-    const float weight = b.weight.at(n, c, 1.0f);
-    dz += weight * sums[kDz][0];
-    dz_xhat += weight * sums[kDzXhat][0];
+  for (int k = 0; k < kSums; ++k) {
+    const float* const partial = b.partial + k * plane + n * splits * b.x.C + first_channel;
+    sum_columns(
+        static_cast<int>(b.per_group), static_cast<int>(splits), helpers,
+        [&](int split, int c) { return partial[split * b.x.C + c]; },
+        [&](int c, float total) {
+          b.sums[k][n * b.x.C + first_channel + c] = total;
+          if (k != kXhat) of_group[k] += b.weight.at(n, first_channel + c, 1.0f) * total;
+        });
   }
-  dz = sum_over_block(dz, scratch);
-  dz_xhat = sum_over_block(dz_xhat, scratch);
+  const float dz = sum_over_block(of_group[kDz], scratch);
+  const float dz_xhat = sum_over_block(of_group[kDzXhat], scratch);
   if (threadIdx.x == 0) {
     b.mean_dz[blockIdx.x] = dz / b.group_size;
     b.mean_dz_xhat[blockIdx.x] = dz_xhat / b.group_size;
@@ -217,25 +251,29 @@ __global__ void __launch_bounds__(kCombineThreads) combine_sums_kernel(const Bac
 }
 
 template <typename T, int V, bool kChannelsLast>
-__global__ void __launch_bounds__(kSplitThreads) apply_kernel(const Backward b) {
+__global__ void __launch_bounds__(kSweepThreads) apply_kernel(const Backward b) {
   using L = Lane<V, kChannelsLast>;
   constexpr int A = L::kChannels;
   // From the last tile to the first: the sums have left the end of x and grad_y in the L2 cache.
-  const L lane(b.tile, b.x, gridDim.x - 1 - blockIdx.x);
-  if (lane.first_channel >= lane.last_channel) return;
-  Channel channels[A];
+  const Place place = sweep_place(b.tile, gridDim.x - 1 - blockIdx.x);
+  const L lane(b.tile, place, b.x.C, b.x.S, static_cast<int>(threadIdx.x));
+  if (!lane.owns()) return;
+  Channel of_thread[A];
   float mean_dz[A], mean_dz_xhat[A];
 #pragma unroll
   for (int a = 0; a < A; ++a) {
-    const int64_t c = lane.first_channel + a, i = lane.n * b.x.C + c;
-    channels[a] = channel(b, lane.n, c);
-    mean_dz[a] = b.mean_dz[lane.n * b.groups + c / b.per_group];
-    mean_dz_xhat[a] = b.mean_dz_xhat[lane.n * b.groups + c / b.per_group];
-    if (lane.pixel_tile == 0 && lane.ty == 0) {
-      b.grad_add[i] = grad_add(static_cast<float>(b.x.S), b.sums[kDz][i], b.sums[kXhat][i], channels[a], mean_dz[a],
+    const int64_t c = lane.first_channel + a, i = place.image * b.x.C + c;
+    of_thread[a] = channel(b, place.image, c);
+    mean_dz[a] = b.mean_dz[place.image * b.groups + c / b.per_group];
+    mean_dz_xhat[a] = b.mean_dz_xhat[place.image * b.groups + c / b.per_group];
+    if (place.pixel_tile == 0 && lane.ty == 0) {
+      b.grad_add[i] = grad_add(static_cast<float>(b.x.S), b.sums[kDz][i], b.sums[kXhat][i], of_thread[a], mean_dz[a],
                                mean_dz_xhat[a]);
     }
   }
+  const T* const from = origin(static_cast<const T*>(b.from), b.x.stride, lane, place.image);
+  const T* const from_grad_y = origin(static_cast<const T*>(b.grad_y), b.grad_y_stride, lane, place.image);
+  T* const to = origin(static_cast<T*>(b.grad_x), b.grad_x_stride, lane, place.image);
   // Loads first: the compiler may not move one in front of a store that could overlap it.
   for (int64_t first = lane.pixel; first < lane.last_pixel; first += kBatch * lane.step()) {
     Vector<T, V> x[kBatch], grad_y[kBatch];
@@ -243,120 +281,105 @@ __global__ void __launch_bounds__(kSplitThreads) apply_kernel(const Backward b) 
     for (int i = 0; i < kBatch; ++i) {
       const int64_t s = first + i * lane.step();
       if (s >= lane.last_pixel) continue;
-      x[i] = load_vector<V>(static_cast<const T*>(b.from) + lane.offset(b.x.stride, s));
-      grad_y[i] = load_grad_y<T>(b, lane, s);
+      x[i] = load_last<V>(from + s * b.x.stride.s);
+      grad_y[i] = b.grad_y_vectors ? load_last<V>(from_grad_y + s * b.grad_y_stride.s)
+                                   : load_strided<V>(from_grad_y + s * b.grad_y_stride.s,
+                                                     along_vector(b.grad_y_stride, kChannelsLast));
     }
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
       const int64_t s = first + i * lane.step();
       if (s >= lane.last_pixel) continue;
-#pragma unroll
-      for (int e = 0; e < V; ++e) {
-        const int a = L::channel_of(e);
-        const float xhat = normalise(to_float(x[i].value[e]), channels[a]);
-        const float dz = grad_z(to_float(grad_y[i].value[e]), xhat, channels[a], b.silu);
-        x[i].value[e] = from_float<T>(grad_u(xhat, dz, channels[a], mean_dz[a], mean_dz_xhat[a]));
-      }
-      store_vector(static_cast<T*>(b.grad_x) + lane.offset(b.grad_x_stride, s), x[i]);
+      store_vector(to + s * b.grad_x_stride.s,
+                   grad_x<L>(x[i], grad_y[i], of_thread, mean_dz, mean_dz_xhat, b.silu), b.streaming);
     }
   }
 }
 
-// sums (N, C) of dz and dz * xhat over the batch: a block per kWarp channels, kBatchRows rows of threads over the images.
-__global__ void __launch_bounds__(kWarp* kBatchRows)
+// sums (N, C) of dz and dz * xhat over the batch: a block per kWarp channels.
+__global__ void __launch_bounds__(kWarp* kBatchHelpers)
     sum_over_batch_kernel(const Backward b, float* grad_weight, float* grad_bias) {
-  __shared__ float scratch[kWarp * kBatchRows];
-  const int column = static_cast<int>(threadIdx.x) % kWarp, row = static_cast<int>(threadIdx.x) / kWarp;
-  const int64_t c = blockIdx.x * int64_t{kWarp} + column;
-  float sums[2][1] = {};
-  for (int64_t n = row; c < b.x.C && n < b.x.N; n += kBatchRows) {
-    sums[kDz][0] += b.sums[kDz][n * b.x.C + c];
-    sums[kDzXhat][0] += b.sums[kDzXhat][n * b.x.C + c];
-  }
-  sum_over_pixels(sums, scratch, column, row, kWarp, kBatchRows, true);
-  if (row != 0 || c >= b.x.C) return;
-  grad_bias[c] = sums[kDz][0];
-  grad_weight[c] = sums[kDzXhat][0];
+  const int64_t first = blockIdx.x * int64_t{kWarp};
+  const int channels = b.x.C - first < kWarp ? static_cast<int>(b.x.C - first) : kWarp;
+  const auto sum = [&](const float* sums, float* to) {
+    sum_columns(
+        channels, static_cast<int>(b.x.N), kBatchHelpers, [&](int n, int c) { return sums[n * b.x.C + first + c]; },
+        [&](int c, float total) { to[first + c] = total; });
+  };
+  sum(b.sums[kDz], grad_bias);
+  sum(b.sums[kDzXhat], grad_weight);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> group_norm_silu_backward(
-    const Tensor& grad_y, const Tensor& x, int64_t num_groups, std::optional<Tensor> weight, std::optional<Tensor> bias,
-    std::optional<Tensor> add, const Tensor& mean, const Tensor& rstd, bool silu) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_y, const Tensor& x, int64_t num_groups,
+                                                    std::optional<Tensor> weight, std::optional<Tensor> bias,
+                                                    std::optional<Tensor> add, const Tensor& mean, const Tensor& rstd,
+                                                    bool silu) {
   const OnDeviceOf device(x);
-  const Problem p(x, num_groups, weight, bias, add, silu);
-  const int64_t bytes = static_cast<int64_t>(x.element_size());
   Tensor grad_x = torch::stable::empty_like(x);
-  Tensor grad_weight = floats_like(x, {p.x.C});
-  Tensor grad_bias = floats_like(x, {p.x.C});
-  Tensor grad_add = floats_like(x, {p.x.N, p.x.C});
-  // The sums over the pixels of one image already are the gradients of weight and bias.
-  Tensor sum_dz = p.x.N == 1 ? grad_bias : floats_like(x, {p.x.N, p.x.C});
-  Tensor sum_dz_xhat = p.x.N == 1 ? grad_weight : floats_like(x, {p.x.N, p.x.C});
   Backward b{};
-  b.x = p.x;
-  b.groups = p.groups;
-  b.per_group = p.per_group;
-  b.weight = p.weight;
-  b.bias = p.bias;
-  b.add = p.add;
-  b.silu = silu;
+  static_cast<Call&>(b) = call(x, num_groups, weight, bias, add, silu);
+  Tensor grad_weight = floats_like(x, {b.x.C});
+  Tensor grad_bias = floats_like(x, {b.x.C});
+  Tensor grad_add = floats_like(x, {b.x.N, b.x.C});
+  // The sums over the pixels of one image already are the gradients of weight and bias.
+  Tensor sum_dz = b.x.N == 1 ? grad_bias : floats_like(x, {b.x.N, b.x.C});
+  Tensor sum_dz_xhat = b.x.N == 1 ? grad_weight : floats_like(x, {b.x.N, b.x.C});
+  const int64_t bytes = static_cast<int64_t>(x.element_size());
   b.from = x.const_data_ptr();
   b.grad_y = grad_y.const_data_ptr();
   b.grad_y_stride = strides_of(grad_y);
-  b.grad_y_vectors = has_vectors(b.grad_y, b.grad_y_stride, p.x, bytes);
+  b.grad_y_vectors = has_vectors(b.grad_y, b.grad_y_stride, b.x, bytes);
   b.grad_x = grad_x.mutable_data_ptr();
   b.grad_x_stride = layout_of(grad_x).stride;
-  b.group_size = p.group_size();
   b.mean = data_of(mean);
   b.rstd = data_of(rstd);
   b.grad_add = data_of(grad_add);
   b.sums[kDz] = data_of(sum_dz);
   b.sums[kDzXhat] = data_of(sum_dz_xhat);
-  const bool vectors = has_vectors(b.from, b.x.stride, b.x, bytes) && has_vectors(b.grad_x, b.grad_x_stride, b.x, bytes);
-  const int v = vectors ? static_cast<int>(kVectorBytes / bytes) : 1;
+  const bool vectors =
+      has_vectors(b.from, b.x.stride, b.x, bytes) && has_vectors(b.grad_x, b.grad_x_stride, b.x, bytes);
+  const Size size = size_of(b, bytes, vectors);
+  b.pixels_each = size.pixels_each();
+  const DeviceLimits& limits = current_device_limits();
+  const Plan plan = group_norm_silu::plan(size, backward_keeps(), limits);
 
-  if (const std::optional<Tile> whole = whole_tile(p, v, bytes, kWholeThreads, kWholeElements)) {
-    b.tile = *whole;
-    dispatch(x.scalar_type(), vectors, p.x.channels_last, [&](auto type, auto width, auto last) {
-      using T = typename decltype(type)::type;
-      constexpr int V = decltype(width)::value;
-      constexpr bool kLast = decltype(last)::value;
-      const int64_t shared = pixel_sum_bytes<V, kLast>(b.tile) + group_sum_bytes(b.tile, p.per_group);
-      launch("group_norm_silu_backward, whole groups", whole_kernel<T, V, kLast>, b.tile.blocks(p.x.N),
-             b.tile.threads(), shared, device.stream(), b);
-    });
-  } else {
-    b.tile = split_tile(p.x, v, bytes);
-    Tensor partial = floats_like(x, {kSums, p.x.N, b.tile.pixel_tiles, p.x.C});
-    Tensor sum_xhat = floats_like(x, {p.x.N, p.x.C});
-    Tensor mean_dz = floats_like(x, {p.x.N, p.groups});
-    Tensor mean_dz_xhat = floats_like(x, {p.x.N, p.groups});
+  dispatch(x.scalar_type(), vectors, b.x.channels_last, [&](auto type, auto width, auto last) {
+    using T = typename decltype(type)::type;
+    constexpr int V = decltype(width)::value;
+    constexpr bool kLast = decltype(last)::value;
+    if (stays_on_chip(plan, "group_norm_silu_backward, on chip", on_chip_kernel<T, V, kLast>)) {
+      follow(plan, &b);
+      Tensor partial = floats_like(x, {b.cooperative ? plan.blocks * kSums * b.tile.channels : 0});
+      b.partial = data_of(partial);
+      launch("group_norm_silu_backward, on chip", on_chip_kernel<T, V, kLast>, grid_of(plan), device.stream(), b);
+      return;
+    }
+    const Plan sweep = two_pass_plan(size, limits);
+    follow(sweep, &b);
+    Tensor partial = floats_like(x, {kSums, b.x.N, b.tile.pixel_tiles, b.x.C});
+    Tensor sum_xhat = floats_like(x, {b.x.N, b.x.C});
+    Tensor mean_dz = floats_like(x, {b.x.N, b.groups});
+    Tensor mean_dz_xhat = floats_like(x, {b.x.N, b.groups});
     b.partial = data_of(partial);
     b.sums[kXhat] = data_of(sum_xhat);
     b.mean_dz = data_of(mean_dz);
     b.mean_dz_xhat = data_of(mean_dz_xhat);
-    dispatch(x.scalar_type(), vectors, p.x.channels_last, [&](auto type, auto width, auto last) {
-      using T = typename decltype(type)::type;
-      constexpr int V = decltype(width)::value;
-      constexpr bool kLast = decltype(last)::value;
-      launch("group_norm_silu_backward, sums", sums_kernel<T, V, kLast>, b.tile.blocks(p.x.N), kSplitThreads,
-             pixel_sum_bytes<V, kLast>(b.tile), device.stream(), b);
-      launch("group_norm_silu_backward, combination", combine_sums_kernel, p.x.N * p.groups, kCombineThreads, 0,
-             device.stream(), b, combine_columns(p.per_group));
-      launch("group_norm_silu_backward, application", apply_kernel<T, V, kLast>, b.tile.blocks(p.x.N), kSplitThreads, 0,
-             device.stream(), b);
-    });
-  }
-  if (p.x.N > 1) {
-    launch("group_norm_silu_backward, sum over the batch", sum_over_batch_kernel, ceil_div(p.x.C, kWarp),
-           kWarp * kBatchRows, 0, device.stream(), b, data_of(grad_weight), data_of(grad_bias));
+    launch("group_norm_silu_backward, sums", sums_kernel<T, V, kLast>, grid_of(sweep), device.stream(), b);
+    launch("group_norm_silu_backward, combination", combine_sums_kernel, b.x.N * b.groups, kCombineThreads, 0,
+           device.stream(), b, helpers(kCombineThreads, static_cast<int>(b.per_group)));
+    launch("group_norm_silu_backward, application", apply_kernel<T, V, kLast>, sweep.blocks, sweep.threads, 0,
+           device.stream(), b);
+  });
+  if (b.x.N > 1) {
+    launch("group_norm_silu_backward, sum over the batch", sum_over_batch_kernel, ceil_div(b.x.C, kWarp),
+           kWarp * kBatchHelpers, 0, device.stream(), b, data_of(grad_weight), data_of(grad_bias));
   }
   return {grad_x, grad_weight, grad_bias, grad_add};
 }
 
 }  // namespace
-}  // namespace fastdistill::cuda
+}  // namespace fastdistill::cuda::group_norm_silu
 
 STABLE_TORCH_LIBRARY_IMPL(fastdistill, CUDA, m) {
-  m.impl("group_norm_silu_backward.cuda", TORCH_BOX(&fastdistill::cuda::group_norm_silu_backward));
+  m.impl("group_norm_silu_backward.cuda", TORCH_BOX(&fastdistill::cuda::group_norm_silu::backward));
 }

@@ -2,7 +2,8 @@
 
 Wu and He, "Group Normalization" (2018), arXiv 1803.08494; SiLU: Elfwing et al. (2017), arXiv 1702.03118.
 
-- tiles.py: which regime and which tile serve a problem, with the reasons;
+- configuration.py: limits and shapes per GPU, with the reasons;
+- tiles.py: which regime and which tile serve a problem;
 - forward.py, backward.py: the kernels, and the plan of their launches;
 - device.py: device functions that both use;
 - specialisations.py: the compiled versions that the ahead-of-time gate checks.

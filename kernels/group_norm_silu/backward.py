@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from ..launch import Launch
+from .configuration import Configuration, configuration_for
 from .device import (
     COMBINE_RUNTIME_SIZES,
     RUNTIME_SIZES,
@@ -26,15 +27,7 @@ from .device import (
     tile_pointers,
 )
 from .plan import Arguments, channel_arguments, plan_whole, stride_arguments
-from .tiles import (
-    BACKWARD_ELEMENTS_PER_THREAD,
-    COMBINE_WARPS,
-    MAX_WHOLE_BACKWARD,
-    Problem,
-    SplitTile,
-    choose_split_tile,
-    choose_whole_tile,
-)
+from .tiles import Problem, SplitTile, choose_split_tile, choose_whole_tile
 
 
 @triton.jit
@@ -421,10 +414,12 @@ def plan_backward(
     mean: torch.Tensor,
     rstd: torch.Tensor,
     silu: bool,
+    configuration: Configuration | None = None,
 ) -> tuple[list[Launch], tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Allocate (grad_x, grad_weight, grad_bias, grad_add) and plan the launches that fill them; `meta` tensors will
     do."""
     problem = Problem.of(x, num_groups)
+    configuration = configuration or configuration_for(x.device)
     grad_x = torch.empty_like(x)
     grad_add = x.new_empty((problem.batch, problem.channels), dtype=torch.float32)
     sum_dz_xhat, sum_dz = torch.empty_like(grad_add), torch.empty_like(grad_add)
@@ -434,14 +429,14 @@ def plan_backward(
     arguments |= problem.arguments() | stride_arguments(grad_y=grad_y, x=x, grad_x=grad_x)
     arguments |= channel_arguments(weight, bias, add)
 
-    whole = choose_whole_tile(problem, MAX_WHOLE_BACKWARD)
+    whole = choose_whole_tile(problem, configuration.max_whole_backward, configuration)
     if whole is not None:
         launches = [plan_whole(_backward_whole_kernel, problem, whole, arguments, silu)]
     else:
         gradient_unit = "grad_y_stride_s" if problem.channels_last else "grad_y_stride_c"
         mixed_layouts = arguments[gradient_unit] == 1
-        tile = choose_split_tile(problem, BACKWARD_ELEMENTS_PER_THREAD, mixed_layouts)
-        launches = _plan_split(problem, tile, arguments, silu)
+        tile = choose_split_tile(problem, configuration.backward_elements_per_thread, configuration, mixed_layouts)
+        launches = _plan_split(problem, tile, arguments, silu, configuration)
 
     if problem.batch == 1:  # the sums over the pixels already are the gradients
         return launches, (grad_x, sum_dz_xhat.view(-1), sum_dz.view(-1), grad_add)
@@ -452,12 +447,14 @@ def plan_backward(
         programs=triton.cdiv(problem.channels, BATCH_BLOCK["BLOCK_C"]),
         arguments=arguments | {"grad_weight_ptr": grad_weight, "grad_bias_ptr": grad_bias},
         constexprs=BATCH_BLOCK,
-        num_warps=COMBINE_WARPS,
+        num_warps=configuration.combine_warps,
     )
     return [*launches, sum_over_batch], (grad_x, grad_weight, grad_bias, grad_add)
 
 
-def _plan_split(problem: Problem, tile: SplitTile, arguments: Arguments, silu: bool) -> list[Launch]:
+def _plan_split(
+    problem: Problem, tile: SplitTile, arguments: Arguments, silu: bool, configuration: Configuration
+) -> list[Launch]:
     x = arguments["x_ptr"]
     partial = x.new_empty((3, problem.batch, tile.splits, problem.channels), dtype=torch.float32)
     sum_xhat = x.new_empty((problem.batch, problem.channels), dtype=torch.float32)
@@ -478,8 +475,8 @@ def _plan_split(problem: Problem, tile: SplitTile, arguments: Arguments, silu: b
             _combine_gradient_sums_kernel,
             programs=problem.batch * problem.groups,
             arguments=arguments,
-            constexprs=tile.combine_blocks(problem.channels_per_group),
-            num_warps=COMBINE_WARPS,
+            constexprs=tile.combine_blocks(problem.channels_per_group, configuration),
+            num_warps=configuration.combine_warps,
         ),
         Launch.of(
             _apply_gradient_kernel,

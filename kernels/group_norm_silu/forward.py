@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from ..launch import Launch
+from .configuration import Configuration, configuration_for
 from .device import (
     COMBINE_RUNTIME_SIZES,
     RUNTIME_SIZES,
@@ -24,15 +25,7 @@ from .device import (
     two_sum,
 )
 from .plan import Arguments, channel_arguments, plan_whole, stride_arguments
-from .tiles import (
-    COMBINE_WARPS,
-    FORWARD_ELEMENTS_PER_THREAD,
-    MAX_WHOLE_FORWARD,
-    Problem,
-    SplitTile,
-    choose_split_tile,
-    choose_whole_tile,
-)
+from .tiles import Problem, SplitTile, choose_split_tile, choose_whole_tile
 
 
 @triton.jit(do_not_specialize=RUNTIME_SIZES)
@@ -284,24 +277,29 @@ def plan_forward(
     add: torch.Tensor | None,
     eps: float,
     silu: bool,
+    configuration: Configuration | None = None,
 ) -> tuple[list[Launch], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Allocate (y, mean, rstd) and plan the launches that fill them; `meta` tensors will do."""
     problem = Problem.of(x, num_groups)
+    configuration = configuration or configuration_for(x.device)
     y = torch.empty_like(x)
     mean = x.new_empty((problem.batch, problem.groups), dtype=torch.float32)
     rstd = torch.empty_like(mean)
     arguments = {"x_ptr": x, "y_ptr": y, "mean_ptr": mean, "rstd_ptr": rstd, "eps": float(eps)}
     arguments |= problem.arguments() | stride_arguments(x=x, y=y) | channel_arguments(weight, bias, add)
 
-    whole = choose_whole_tile(problem, MAX_WHOLE_FORWARD)
+    whole = choose_whole_tile(problem, configuration.max_whole_forward, configuration)
     if whole is not None:
         launches = [plan_whole(_forward_whole_kernel, problem, whole, arguments, silu)]
     else:
-        launches = _plan_split(problem, choose_split_tile(problem, FORWARD_ELEMENTS_PER_THREAD), arguments, silu)
+        tile = choose_split_tile(problem, configuration.forward_elements_per_thread, configuration)
+        launches = _plan_split(problem, tile, arguments, silu, configuration)
     return launches, (y, mean, rstd)
 
 
-def _plan_split(problem: Problem, tile: SplitTile, arguments: Arguments, silu: bool) -> list[Launch]:
+def _plan_split(
+    problem: Problem, tile: SplitTile, arguments: Arguments, silu: bool, configuration: Configuration
+) -> list[Launch]:
     x = arguments["x_ptr"]
     partial = x.new_empty((3, problem.batch, tile.splits, problem.channels), dtype=torch.float32)
     coefficients = x.new_empty((3, problem.batch, problem.channels), dtype=torch.float32)
@@ -321,8 +319,8 @@ def _plan_split(problem: Problem, tile: SplitTile, arguments: Arguments, silu: b
             _combine_moments_kernel,
             programs=problem.batch * problem.groups,
             arguments=arguments,
-            constexprs=tile.combine_blocks(problem.channels_per_group),
-            num_warps=COMBINE_WARPS,
+            constexprs=tile.combine_blocks(problem.channels_per_group, configuration),
+            num_warps=configuration.combine_warps,
         ),
         Launch.of(
             _apply_kernel,

@@ -16,6 +16,7 @@ import torch
 
 from ..launch import Launch, Specialisation, unique_specialisations
 from .backward import plan_backward
+from .configuration import DEFAULT, Configuration, configurations
 from .forward import plan_forward
 
 
@@ -32,7 +33,7 @@ class Probe:
     silu: bool = True
     storage_offset: int = 0  # in elements: 1 makes every address and stride-derived offset unaligned
 
-    def launches(self) -> list[Launch]:
+    def launches(self, configuration: Configuration = DEFAULT) -> list[Launch]:
         batch, channels = self.shape[:2]
         x = self._image(self.channels_last)
         grad_y = self._image(self.channels_last if self.grad_channels_last is None else self.grad_channels_last)
@@ -40,8 +41,8 @@ class Probe:
         if self.parameters is not None:
             weight, bias = (torch.empty(channels, dtype=self.parameters, device="meta") for _ in range(2))
             add = torch.empty(batch, channels, dtype=self.parameters, device="meta")
-        forward, (_, mean, rstd) = plan_forward(x, self.groups, weight, bias, add, 1e-5, self.silu)
-        backward, _ = plan_backward(grad_y, x, self.groups, weight, bias, add, mean, rstd, self.silu)
+        forward, (_, mean, rstd) = plan_forward(x, self.groups, weight, bias, add, 1e-5, self.silu, configuration)
+        backward, _ = plan_backward(grad_y, x, self.groups, weight, bias, add, mean, rstd, self.silu, configuration)
         return forward + backward
 
     def _image(self, channels_last: bool) -> torch.Tensor:
@@ -72,5 +73,8 @@ def probes() -> Iterator[Probe]:
 
 
 def specialisations() -> list[Specialisation]:
-    """Every different version that the probes launch; needs neither a GPU nor the interpreter."""
-    return unique_specialisations(launch for probe in probes() for launch in probe.launches())
+    """Every different version that the probes launch on any device of the table; needs neither a GPU nor the
+    interpreter."""
+    return unique_specialisations(
+        launch for entry in configurations() for probe in probes() for launch in probe.launches(entry)
+    )

@@ -1,7 +1,6 @@
 """Which regime serves a problem, and with which tiles.
 
-The choice depends on shapes and strides alone, never on the device or its load: the same call launches the same
-programs, and so sums in the same order, on every GPU. A tile is always (channels, pixels).
+The choice depends on shapes, strides and the device's entry in configuration.py. A tile is always (channels, pixels).
 """
 
 from __future__ import annotations
@@ -12,25 +11,10 @@ from dataclasses import dataclass
 import torch
 import triton
 
-# Elements of a tile that stays in registers, 16 warps at most. Twice as much spills when compiled for sm_80, sm_90
-# and sm_100 (up to 264 bytes per thread forward, 200 backward); this does not, which the ahead-of-time gate holds.
-MAX_WHOLE_FORWARD = 16384
-MAX_WHOLE_BACKWARD = 8192
-
-# A split tile has 8 warps, a square one for mixed layouts as many as its elements need. The backward keeps five values
-# per element (x, grad_y and three sums), the forward three.
-SPLIT_WARPS = 8
-SQUARE = 64  # a 128-byte line of a 16-bit tensor, in either direction
-FORWARD_ELEMENTS_PER_THREAD = 16
-BACKWARD_ELEMENTS_PER_THREAD = 8
-
-COMBINE_ELEMENTS = 1024
-COMBINE_WARPS = 8
+from .configuration import Configuration
 
 SECTOR_CHANNELS = 16  # a 32-byte sector of a 16-bit tensor
 MAX_GROUPS_PER_TILE = 16  # bounds the (channels, groups) table of device.group_totals
-PROGRAMS_PER_WAVE = 1024  # about eight programs on each of 132 multiprocessors
-MAX_TILES_PER_PROGRAM = 16  # by then the partial results are about 1 % of the traffic
 
 
 def ncs_strides(tensor: torch.Tensor) -> tuple[int, int, int]:
@@ -115,14 +99,14 @@ class SplitTile:
     def splits(self) -> int:
         return triton.cdiv(self.pixel_tiles, self.tiles_per_program)
 
-    def combine_blocks(self, channels_per_group: int) -> dict[str, int]:
+    def combine_blocks(self, channels_per_group: int, configuration: Configuration) -> dict[str, int]:
         """Splits and channels that a combine kernel takes per step.
 
         Two shapes, and so two versions, serve every problem. Groups of few channels have many splits, and each step is
         one wait for memory.
         """
         block_c = 4 if channels_per_group <= 4 else 16
-        return {"BLOCK_K": COMBINE_ELEMENTS // block_c, "BLOCK_C": block_c}
+        return {"BLOCK_K": configuration.combine_elements // block_c, "BLOCK_C": block_c}
 
     def arguments(self) -> dict[str, int]:
         return {
@@ -133,8 +117,9 @@ class SplitTile:
         }
 
 
-def choose_whole_tile(problem: Problem, max_elements: int) -> WholeTile | None:
-    """The tile of the whole regime; None when no group fits, or only with rows too short to be read well."""
+def choose_whole_tile(problem: Problem, max_elements: int, configuration: Configuration) -> WholeTile | None:
+    """The tile of the whole regime; None when no group fits into `max_elements`, or only with rows too short to be read
+    well."""
     per_group = problem.channels_per_group
     block_s = triton.next_power_of_2(problem.pixels)
     if problem.channels_last:
@@ -153,21 +138,21 @@ def choose_whole_tile(problem: Problem, max_elements: int) -> WholeTile | None:
     if elements > max_elements or (problem.channels_last and channels < half_a_sector):
         return None
     block_c, block_g = triton.next_power_of_2(channels), triton.next_power_of_2(groups)
-    # 16 elements per thread while there are warps for it: enough loads in flight without making a small tile wait
-    # for itself.
-    num_warps = min(16, max(1, max(elements, block_c * block_g) // 512))
+    num_warps = min(16, max(1, max(elements, block_c * block_g) // (32 * configuration.whole_elements_per_thread)))
     return WholeTile(groups, channels, block_c, block_s, block_g, num_warps)
 
 
-def choose_split_tile(problem: Problem, elements_per_thread: int, mixed_layouts: bool = False) -> SplitTile:
+def choose_split_tile(
+    problem: Problem, elements_per_thread: int, configuration: Configuration, mixed_layouts: bool = False
+) -> SplitTile:
     """The tile of the split regime. `mixed_layouts`: a gradient comes with the other layout than x."""
     limit_c, limit_s = triton.next_power_of_2(problem.channels), triton.next_power_of_2(problem.pixels)
-    elements = 32 * SPLIT_WARPS * elements_per_thread
+    elements = 32 * configuration.split_warps * elements_per_thread
     if mixed_layouts:
-        elements = max(elements, SQUARE * SQUARE)
+        elements = max(elements, configuration.square**2)
     if problem.channels_last or mixed_layouts:
         # Full lines along the channels; and along the pixels for a gradient in the other layout.
-        block_c = min(limit_c, max(SQUARE, elements // limit_s))
+        block_c = min(limit_c, max(configuration.square, elements // limit_s))
         block_s = min(limit_s, elements // block_c)
     else:
         # Long runs of pixels and few channels: their parameters cost next to nothing.
@@ -175,6 +160,6 @@ def choose_split_tile(problem: Problem, elements_per_thread: int, mixed_layouts:
         block_c = min(limit_c, elements // block_s)
     num_warps = max(1, block_c * block_s // (32 * elements_per_thread))
     channel_tiles, pixel_tiles = triton.cdiv(problem.channels, block_c), triton.cdiv(problem.pixels, block_s)
-    tiles_per_program = problem.batch * channel_tiles * pixel_tiles // PROGRAMS_PER_WAVE
-    tiles_per_program = min(MAX_TILES_PER_PROGRAM, max(1, tiles_per_program))
+    tiles_per_program = problem.batch * channel_tiles * pixel_tiles // configuration.programs_per_wave
+    tiles_per_program = min(configuration.max_tiles_per_program, max(1, tiles_per_program))
     return SplitTile(block_c, block_s, channel_tiles, pixel_tiles, tiles_per_program, num_warps)

@@ -4,81 +4,45 @@ tests/ops/test_group_norm_silu.py covers the op on every backend. Here the limit
 the ways that large ones take.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
-import torch.nn.functional as F
 from fastdistill.kernels import group_norm_silu as op
-from fastdistill.kernels.group_norm_silu import backward, forward, tiles
+from fastdistill.kernels.group_norm_silu import backward, configuration, forward
+from fastdistill.kernels.group_norm_silu.configuration import DEFAULT
 from fastdistill.kernels.launch import run_all
 
+from tests.ops import group_norm_silu_oracle as oracle
 from tests.ops.accuracy import assert_close_to_exact
+from tests.ops.group_norm_silu_oracle import GRADIENTS, NAMES, channels_last, in_pytorch, inputs
 
 pytestmark = pytest.mark.interpreter
 
 
-@pytest.fixture(params=["whole", "split", "split, several tiles per program"])
+# 8 or 2 splits per step of a combine kernel.
+SPLIT = replace(DEFAULT, max_whole_forward=0, max_whole_backward=0, split_warps=1, square=16, combine_elements=32)
+REGIMES = {
+    "whole": DEFAULT,
+    "split": SPLIT,
+    "split, several tiles per program": replace(SPLIT, programs_per_wave=4),
+}
+
+
+@pytest.fixture(params=REGIMES)
 def regime(request, monkeypatch):
-    if request.param != "whole":
-        monkeypatch.setattr(forward, "MAX_WHOLE_FORWARD", 0)
-        monkeypatch.setattr(backward, "MAX_WHOLE_BACKWARD", 0)
-        monkeypatch.setattr(tiles, "SPLIT_WARPS", 1)
-        monkeypatch.setattr(tiles, "SQUARE", 16)
-        monkeypatch.setattr(tiles, "COMBINE_ELEMENTS", 32)  # 8 or 2 splits per step
-    if request.param == "split, several tiles per program":
-        monkeypatch.setattr(tiles, "PROGRAMS_PER_WAVE", 4)
+    monkeypatch.setattr(configuration, "DEFAULT", REGIMES[request.param])
     return request.param
 
 
-def channels_last(image):
-    return image.movedim(1, -1).contiguous().movedim(-1, 1)
-
-
-def inputs(shape, dtype=torch.float32, mean=0.0, std=1.0):
-    batch, channels = shape[:2]
-    x = (torch.randn(shape) * std + mean).to(dtype)
-    weight, bias = torch.randn(channels) + 1, torch.randn(channels)
-    return x, weight, bias, torch.randn(batch, channels), torch.randn(shape).to(dtype)
-
-
-def run(x, groups, weight, bias, add, grad_y, eps=1e-5, silu=True):
+def run(*call, **settings):
     """(y, mean, rstd, grad_x, grad_weight, grad_bias, grad_add)."""
-    y, mean, rstd = op.group_norm_silu(x, groups, weight, bias, add, eps, silu)
-    return y, mean, rstd, *op.group_norm_silu_backward(grad_y, x, groups, weight, bias, add, mean, rstd, silu)
+    return oracle.run(op.group_norm_silu, op.group_norm_silu_backward, *call, **settings)
 
 
-def in_pytorch(x, groups, weight, bias, add, grad_y, eps=1e-5, silu=True, dtype=torch.float64):
-    x, weight, bias, add, grad_y = (t.to(dtype) for t in (x, weight, bias, add, grad_y))
-    leaves = [t.detach().requires_grad_() for t in (x, weight, bias, add)]
-    u = leaves[0] + leaves[3].reshape(add.shape + (1,) * (x.dim() - 2))
-    # Contiguous: torch's channels-last kernel takes the variance as E[x^2] - E[x]^2.
-    z = torch.group_norm(u.contiguous(), groups, leaves[1], leaves[2], eps)
-    y = F.silu(z) if silu else z
-    per_group = u.detach().reshape(x.shape[0], groups, -1)
-    rstd = 1 / torch.sqrt(per_group.var(dim=2, correction=0) + eps)
-    return y.detach(), per_group.mean(dim=2), rstd, *torch.autograd.grad(y, leaves, grad_y)
-
-
-NAMES = ("y", "mean", "rstd", "grad_x", "grad_weight", "grad_bias", "grad_add")
-
-
-def check(x, groups, weight, bias, add, grad_y, large_mean=False, **settings):
-    ours = run(x, groups, weight, bias, add, grad_y, **settings)
-    exact = in_pytorch(x, groups, weight, bias, add, grad_y, **settings)
-    # What is not rounded to x's dtype is held to float32, whatever x is.
-    in_float32 = in_pytorch(x, groups, weight, bias, add, grad_y, **settings, dtype=torch.float32)
-    in_dtype = in_pytorch(x, groups, weight, bias, add, grad_y, **settings, dtype=x.dtype)
-    for name, value, exact_, torch32, torchs in zip(NAMES, ours, exact, in_float32, in_dtype):
-        rounded = name in ("y", "grad_x")
-        assert value.dtype == (x.dtype if rounded else torch.float32), name
-        assert_close_to_exact(
-            value,
-            exact_,
-            torchs if rounded else torch32,
-            value.dtype,
-            large_mean=large_mean,
-            whole_ulp=value.dtype == torch.bfloat16,  # the interpreter truncates
-            what=name,
-        )
+def check(*call, large_mean=False, **settings):
+    ours = run(*call, **settings)
+    oracle.check(ours, *call, large_mean=large_mean, truncates_bfloat16=True, **settings)
     return ours
 
 
@@ -106,15 +70,6 @@ def test_every_regime_equals_float64(regime, shape, layout):
 def test_16_bit_images_are_summed_in_float32(regime, dtype, layout):
     x, weight, bias, add, grad_y = inputs((2, 20, 13, 11), dtype)
     check(layout(x), 2, weight, bias.to(dtype), add.to(dtype), grad_y, silu=False)
-
-
-GRADIENTS = {
-    "other layout": lambda like: channels_last(like) if like.is_contiguous() else like.contiguous(),
-    "expanded from one value": lambda like: like[:1, :1, :1, :1].expand(like.shape),
-    "expanded over the pixels": lambda like: like[:, :, :1, :1].expand(like.shape),
-    "every second channel of a larger image": lambda like: torch.cat([like, like], 1)[:, ::2],
-    "one element late": lambda like: torch.cat([like.flatten(), like.flatten()[:1]])[1:].view(like.shape),
-}
 
 
 @pytest.mark.parametrize("layout", [torch.Tensor.contiguous, channels_last], ids=["contiguous", "channels_last"])
