@@ -349,8 +349,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_y, const 
     constexpr bool kLast = decltype(last)::value;
     if (stays_on_chip(plan, "group_norm_silu_backward, on chip", on_chip_kernel<T, V, kLast>)) {
       follow(plan, &b);
-      Tensor partial = floats_like(x, {b.cooperative ? plan.blocks * kSums * b.tile.channels : 0});
-      b.partial = data_of(partial);
+      std::optional<Tensor> partial;
+      if (b.cooperative) {
+        partial = floats_like(x, {plan.blocks * kSums * b.tile.channels});
+        b.partial = data_of(*partial);
+      }
       launch("group_norm_silu_backward, on chip", on_chip_kernel<T, V, kLast>, grid_of(plan), device.stream(), b);
       return;
     }

@@ -373,8 +373,11 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, int64_t num_groups, 
     constexpr bool kLast = decltype(last)::value;
     if (stays_on_chip(plan, "group_norm_silu, on chip", on_chip_kernel<T, V, kLast>)) {
       follow(plan, &f);
-      Tensor partial = floats_like(x, {f.cooperative ? plan.blocks * kMoments * groups_of_tile(f) : 0});
-      f.partial = data_of(partial);
+      std::optional<Tensor> partial;
+      if (f.cooperative) {
+        partial = floats_like(x, {plan.blocks * kMoments * groups_of_tile(f)});
+        f.partial = data_of(*partial);
+      }
       launch("group_norm_silu, on chip", on_chip_kernel<T, V, kLast>, grid_of(plan), device.stream(), f);
       return;
     }
