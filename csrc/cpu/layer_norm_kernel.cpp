@@ -1,8 +1,8 @@
 // The loops of layer_norm for the instruction set that FASTDISTILL_ISA names. Compiled once per set.
 //
-// Two passes over a row for its mean and its variance: a row is small, and the second pass finds it in cache. The mean's
-// own rounding error is the mean of the differences to it (`drift`), and goes into xhat: a mean of 100 at a deviation of
-// 0.01 keeps its digits.
+// Two passes over a row for its mean and its variance: a row is small, and the second pass finds it in cache. The
+// mean's own rounding error is the mean of the differences to it (`drift`), and goes into xhat: a mean of 100 at a
+// deviation of 0.01 keeps its digits.
 #include "layer_norm_kernel.h"
 
 #include "simd.h"
@@ -16,7 +16,7 @@ inline const T* row(ConstRows rows, int64_t i) {
   return (const T*)rows.data + i * rows.stride;
 }
 
-// body(i, lanes, accumulators' index): two sums take turns, because one alone waits for each addition.
+// body(i, lanes, turn): two sums take turns, because one alone waits for each addition.
 template <typename Body>
 inline void for_steps_in_turns(int64_t length, const Body& body) {
   int64_t i = 0;

@@ -1,4 +1,5 @@
-// What the forward and the backward kernels of layer_norm share: weight and bias, a thread's part of a row, sums over it.
+// What the forward and the backward kernels of layer_norm share: weight and bias, a thread's part of a row, sums over
+// it.
 //
 // A thread owns vectors of V elements of a row, 16 bytes where address, width and strides allow it, single elements
 // elsewhere. layer_norm_plan.h says how many, and which threads share a row.
@@ -21,6 +22,18 @@ namespace fastdistill::cuda::layer_norm {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+// Of a tensor that the kernel does not write, so that the compiler may move it in front of stores.
+template <int V, typename T>
+__device__ Vector<T, V> load_input(const T* from) {
+#ifdef __CUDACC__
+  if constexpr (sizeof(Vector<T, V>) == 16) {
+    const uint4 bits = __ldg(reinterpret_cast<const uint4*>(from));
+    return *reinterpret_cast<const Vector<T, V>*>(&bits);
+  }
+#endif
+  return load_vector<V>(from);
+}
 
 // ---- the call -------------------------------------------------------------------------------------------------------
 
@@ -51,7 +64,7 @@ struct Parameter {
     if (has_vectors) {
 #pragma unroll
       for (int part = 0; part < V; part += kPart) {
-        const Vector<P, kPart> values = load_vector<kPart>(from + c + part);
+        const Vector<P, kPart> values = load_input<kPart>(from + c + part);
 #pragma unroll
         for (int e = 0; e < kPart; ++e) to[part + e] = to_float(values.value[e]);
       }

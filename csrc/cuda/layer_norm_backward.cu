@@ -2,9 +2,9 @@
 //
 //     grad_x = rstd (w dy - m1 - xhat m2) + grad_s,   m1 = mean(w dy),  m2 = mean(w dy xhat)
 //
-// A warp or a block holds a row of s and of grad_y in registers and reads it once. Blocks walk the rows in turns; a thread
-// has the same columns of every one, sums dy xhat and dy over them, and each block leaves one partial sum per column.
-// Nothing is atomic.
+// A warp or a block holds a row of s and of grad_y in registers and reads it once. Blocks walk the rows in turns; a
+// thread has the same columns of every one, sums dy xhat and dy over them, and each block leaves one partial sum per
+// column. Nothing is atomic.
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
@@ -46,21 +46,23 @@ struct RowSums {
 };
 
 template <typename T, int V>
-__device__ void store_grad_x(const Backward& b, int64_t row, int c, float (&grad)[V]) {
-  if (b.grad_s.data != nullptr) {
-    const Vector<T, V> more = load_vector<V>(b.grad_s.row<T>(row) + c);
-#pragma unroll
-    for (int e = 0; e < V; ++e) grad[e] += to_float(more.value[e]);
-  }
+__device__ Vector<T, V> load_grad_s(const Backward& b, int64_t row, int c) {
+  if (b.grad_s.data == nullptr) return {};
+  return load_input<V>(b.grad_s.row<T>(row) + c);
+}
+
+template <typename T, int V>
+__device__ void store_grad_x(const Backward& b, int64_t row, int c, const float (&grad)[V],
+                             const Vector<T, V>& grad_s) {
   Vector<T, V> rounded;
 #pragma unroll
-  for (int e = 0; e < V; ++e) rounded.value[e] = from_float<T>(grad[e]);
+  for (int e = 0; e < V; ++e) rounded.value[e] = from_float<T>(grad[e] + to_float(grad_s.value[e]));
   store_vector(static_cast<T*>(b.grad_x) + row * b.columns + c, rounded);
 }
 
 template <typename T, int V, int kElements, bool kWarpRow, bool kSums>
 __global__ void __launch_bounds__(kWarpRow ? kRowsPerBlock* kWarp : kMaxBlockThreads,
-                                  kWarpRow ? kResidentWarpBlocks : 1) held_kernel(const Backward b) {
+                                  kWarpRow ? resident_warp_blocks(kElements) : 1) held_kernel(const Backward b) {
   using L = Lane<kWarpRow>;
   constexpr int kVectors = kElements / V;
   __shared__ float scratch[3 * kWarp];
@@ -72,13 +74,14 @@ __global__ void __launch_bounds__(kWarpRow ? kRowsPerBlock* kWarp : kMaxBlockThr
   }
 
   for (int64_t row = L::first_row(); row < b.rows; row += L::row_step()) {  // together, the threads of a row
-    Vector<T, V> dy[kVectors], s[kVectors];
+    Vector<T, V> dy[kVectors], s[kVectors], grad_s[kVectors];
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
       const int c = (L::index() + i * L::count()) * V;
       if (c >= b.columns) continue;
-      dy[i] = load_vector<V>(b.grad_y.row<T>(row) + c);
-      s[i] = load_vector<V>(b.s.row<T>(row) + c);
+      dy[i] = load_input<V>(b.grad_y.row<T>(row) + c);
+      s[i] = load_input<V>(b.s.row<T>(row) + c);
+      grad_s[i] = load_grad_s<T, V>(b, row, c);  // all of them before the first store
     }
     RowSums r(b, row);
     float sums[3] = {};
@@ -109,7 +112,7 @@ __global__ void __launch_bounds__(kWarpRow ? kRowsPerBlock* kWarp : kMaxBlockThr
           grad_bias[i][e] += dy_;
         }
       }
-      store_grad_x<T, V>(b, row, c, grad);
+      store_grad_x<T, V>(b, row, c, grad, grad_s[i]);
     }
   }
 
@@ -156,7 +159,8 @@ __global__ void __launch_bounds__(kWarpRow ? kRowsPerBlock* kWarp : kMaxBlockThr
   }
 }
 
-// A row too long for registers, or without vectors, is read twice, and the sums over the rows lie in the block's own part of `partial`.
+// A row too long for registers, or without vectors, is read twice, and the sums over the rows lie in the block's own
+// part of `partial`.
 template <typename T, int V>
 __global__ void __launch_bounds__(kMaxBlockThreads) loop_kernel(const Backward b) {
   __shared__ float scratch[3 * kWarp];
@@ -168,7 +172,7 @@ __global__ void __launch_bounds__(kMaxBlockThreads) loop_kernel(const Backward b
     float sums[3] = {}, weight[V];
 #pragma unroll 2
     for (int c = first; c < b.columns; c += step) {
-      const Vector<T, V> dy = load_vector<V>(dys + c), s = load_vector<V>(ss + c);
+      const Vector<T, V> dy = load_input<V>(dys + c), s = load_input<V>(ss + c);
       b.weight.read<T>(c, 1.0f, weight);
 #pragma unroll
       for (int e = 0; e < V; ++e) {
@@ -182,7 +186,7 @@ __global__ void __launch_bounds__(kMaxBlockThreads) loop_kernel(const Backward b
     r.finish(b, sums);
 #pragma unroll 2
     for (int c = first; c < b.columns; c += step) {
-      const Vector<T, V> dy = load_vector<V>(dys + c), s = load_vector<V>(ss + c);
+      const Vector<T, V> dy = load_input<V>(dys + c), s = load_input<V>(ss + c);
       b.weight.read<T>(c, 1.0f, weight);
       float grad[V];
 #pragma unroll
@@ -195,7 +199,7 @@ __global__ void __launch_bounds__(kMaxBlockThreads) loop_kernel(const Backward b
           own[b.columns + c + e] = (has_sum ? own[b.columns + c + e] : 0.0f) + dy_;
         }
       }
-      store_grad_x<T, V>(b, row, c, grad);
+      store_grad_x<T, V>(b, row, c, grad, load_grad_s<T, V>(b, row, c));
     }
   }
 }

@@ -1,5 +1,5 @@
-// layer_norm forward on CUDA, one launch: a warp or a block holds a row in registers and reads it once; a row too long for
-// a block, or without vectors, is walked three times. Two passes for mean and variance, never E[x^2] - E[x]^2.
+// layer_norm forward on CUDA, one launch: a warp or a block holds a row in registers and reads it once; a row too long
+// for a block, or without vectors, is walked three times. Two passes for mean and variance, never E[x^2] - E[x]^2.
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
@@ -19,21 +19,17 @@ struct Forward {
   float *mean, *rstd;
 };
 
-// x, or x + residual: rounded, written to s and then used as rounded.
+// x + residual: rounded, written to s and then used as rounded.
 template <typename T, int V>
-__device__ Vector<T, V> load_sum(const Forward& f, int64_t row, int c) {
-  Vector<T, V> u = load_vector<V>(f.x.row<T>(row) + c);
-  if (f.s != nullptr) {
-    const Vector<T, V> r = load_vector<V>(f.residual.row<T>(row) + c);
+__device__ Vector<T, V> store_sum(const Forward& f, int64_t row, int c, Vector<T, V> x, const Vector<T, V>& residual) {
 #pragma unroll
-    for (int e = 0; e < V; ++e) u.value[e] = from_float<T>(to_float(u.value[e]) + to_float(r.value[e]));
-    store_vector(static_cast<T*>(f.s) + row * f.columns + c, u);
-  }
-  return u;
+  for (int e = 0; e < V; ++e) x.value[e] = from_float<T>(to_float(x.value[e]) + to_float(residual.value[e]));
+  store_vector(static_cast<T*>(f.s) + row * f.columns + c, x);
+  return x;
 }
 
-// The mean is kept as (mean, drift): subtracting the rounded mean is exact near it, and its own rounding error comes back
-// as the mean of the differences, so |mean| >> std costs no digits.
+// The mean is kept as (mean, drift): subtracting the rounded mean is exact near it, and its own rounding error comes
+// back as the mean of the differences, so |mean| >> std costs no digits.
 struct Statistics {
   float mean, drift, rstd;
 
@@ -70,7 +66,20 @@ __global__ void __launch_bounds__(kWarpRow ? kRowsPerBlock* kWarp : kMaxBlockThr
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {
     const int c = (L::index() + i * L::count()) * V;
-    if (c < f.columns) u[i] = load_sum<T, V>(f, row, c);
+    if (c < f.columns) u[i] = load_input<V>(f.x.row<T>(row) + c);
+  }
+  if (f.s != nullptr) {
+    Vector<T, V> residual[kVectors];
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      const int c = (L::index() + i * L::count()) * V;
+      if (c < f.columns) residual[i] = load_input<V>(f.residual.row<T>(row) + c);
+    }
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      const int c = (L::index() + i * L::count()) * V;
+      if (c < f.columns) u[i] = store_sum<T, V>(f, row, c, u[i], residual[i]);
+    }
   }
   float total[1] = {};
 #pragma unroll
@@ -114,7 +123,8 @@ __global__ void __launch_bounds__(kMaxBlockThreads) loop_kernel(const Forward f)
   float total[1] = {};
 #pragma unroll 2
   for (int c = first; c < f.columns; c += step) {
-    const Vector<T, V> u = load_sum<T, V>(f, row, c);
+    Vector<T, V> u = load_input<V>(f.x.row<T>(row) + c);
+    if (f.s != nullptr) u = store_sum<T, V>(f, row, c, u, load_input<V>(f.residual.row<T>(row) + c));
 #pragma unroll
     for (int e = 0; e < V; ++e) total[0] += to_float(u.value[e]);
   }
@@ -160,6 +170,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm(const Tensor& x, std::opti
                                                       double eps) {
   const OnDeviceOf device(x);
   const Rows rows = rows_of(x, "x");
+  STD_TORCH_CHECK(rows.length <= INT_MAX, "x: at most 2^31 - 1 values in a row, got ", rows.length);
   Tensor y = torch::stable::empty_like(x);
   Tensor s = residual ? torch::stable::empty_like(x) : new_floats(x, {0});
   Tensor mean = new_floats(x, {rows.count}), rstd = new_floats(x, {rows.count});

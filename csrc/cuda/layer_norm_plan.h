@@ -1,4 +1,4 @@
-// Which threads of layer_norm's CUDA kernels work on which rows. Plain C++: a plan can be made, and tested, without CUDA.
+// Which threads of layer_norm's CUDA kernels work on which rows. Plain C++: a plan can be tested without CUDA.
 #pragma once
 
 #include <algorithm>
@@ -25,8 +25,8 @@ struct Plan {
 
 constexpr int64_t blocks_over(int64_t count, int64_t each) { return (count + each - 1) / each; }
 
-// 320 columns are 16 elements per thread of a warp (10 in vectors of 8), 640 are 24, 1280 are 40: one vector of 16 bytes
-// for each. A block's threads have 16 each: with more than 512 of them, the registers do not suffice.
+// In vectors of 8, 320 columns are up to 16 elements per thread of a warp, 640 up to 24, 1280 are 40. A block's threads
+// have 16 each: with more than 512 of them, the registers do not suffice.
 constexpr int kBlockElements = 16;
 constexpr int kMaxBlockThreads = 512;
 
@@ -53,12 +53,13 @@ inline Plan plan_forward(int64_t rows, int64_t columns, int vector) {
 
 // The backward also keeps its sums over the rows, so a thread has fewer elements. With sums, as many blocks as are
 // resident walk the rows in turns, and each leaves one partial sum per column.
-constexpr int kResidentWarpBlocks = 3;  // on a multiprocessor, at 168 registers per thread
+// On a multiprocessor: 168 registers per thread for 16 elements, 255 for 24, which spill with fewer.
+constexpr int resident_warp_blocks(int elements) { return elements <= 16 ? 3 : 2; }
 
 inline Plan plan_backward(int64_t rows, int64_t columns, int vector, bool sums, int multiprocessors) {
   Plan plan = plan_rows(columns, vector, {16, 24});
   plan.blocks = blocks_over(rows, rows_per_block(plan));
-  const int resident = plan.kind == Kind::kWarp ? kResidentWarpBlocks : kMaxBlockThreads / plan.threads;
+  const int resident = plan.kind == Kind::kWarp ? resident_warp_blocks(plan.elements) : kMaxBlockThreads / plan.threads;
   if (sums) plan.blocks = std::min(plan.blocks, int64_t{multiprocessors} * resident);
   return plan;
 }

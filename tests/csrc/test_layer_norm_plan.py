@@ -66,8 +66,10 @@ def test_blocks_reach_every_row_and_none_is_idle(plans):
 
 
 def test_the_backward_with_sums_has_no_more_blocks_than_are_resident(plans):
-    ((_, warp, _), (_, block, _)) = plans([(10**6, 320, 8), (10**6, 1280, 8)], multiprocessors=108)
+    calls = [(10**6, 320, 8), (10**6, 640, 8), (10**6, 1280, 8)]
+    (_, warp, _), (_, wide, _), (_, block, _) = plans(calls, multiprocessors=108)
     assert (warp.kind, warp.blocks) == (WARP, 3 * 108)
+    assert (wide.kind, wide.blocks) == (WARP, 2 * 108)
     assert (block.kind, block.threads, block.blocks) == (BLOCK, 96, 5 * 108)
 
 
