@@ -105,9 +105,9 @@ def test_cuda_library_uses_the_stable_c_interface_and_is_built_for_what_was_aske
 
 @pytest.mark.compiler
 @pytest.mark.nvcc
-def test_vectors_of_geglu_move_in_16_byte_accesses_alone(hopper_build):
+def test_vectors_of_geglu_move_in_16_byte_accesses_alone(cuda_build):
     # A store that the compiler takes apart costs four times the instructions, and nothing else shows it.
-    functions = run(cuobjdump(), "--dump-sass", hopper_build[1] / "_cuda.so").split("Function : ")[1:]
+    functions = run(cuobjdump(), "--dump-sass", cuda_build[1] / "_cuda.so").split("Function : ")[1:]
     found = []
     for text in functions:
         name = text.split()[0]

@@ -235,13 +235,6 @@ void run(const Backward& b, const Plan& plan, cudaStream_t stream) {
   launch("layer_norm_backward", kernel, plan.blocks, plan.threads, 0, stream, b);
 }
 
-int multiprocessors() {
-  int device = 0, count = 0;
-  check(cudaGetDevice(&device), "cudaGetDevice");
-  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
-  return count;
-}
-
 std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& grad_y, std::optional<Tensor> grad_s,
                                                        const Tensor& s, std::optional<Tensor> weight,
                                                        const Tensor& mean, const Tensor& rstd, bool parameters) {
@@ -265,7 +258,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& grad_y, std
   dispatch(s.scalar_type(), vectors, [&](auto type, auto width) {
     using T = typename decltype(type)::type;
     constexpr int V = decltype(width)::value;
-    const Plan plan = plan_backward(rows.count, D, V, parameters, multiprocessors());
+    const Plan plan = plan_backward(rows.count, D, V, parameters, current_device_limits().multiprocessors);
     if (!parameters) return run<T, V, false>(b, plan, device.stream());
     Tensor partial = new_floats(s, {plan.blocks, 2, D});
     b.partial = floats_of(partial);
