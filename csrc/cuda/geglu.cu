@@ -42,18 +42,6 @@ bool aligned(const void* data, int64_t rows, int64_t stride, int64_t bytes) {
 
 // ---- device ---------------------------------------------------------------------------------------------------------
 
-// What is read once is marked to leave the caches first: the result, which the next layer reads, then stays.
-template <int V, typename T>
-__device__ Vector<T, V> load_once(const T* from) {
-#ifdef __CUDACC__
-  if constexpr (sizeof(T) * V == kVectorBytes) {
-    const float4 raw = __ldcs(reinterpret_cast<const float4*>(from));
-    return *reinterpret_cast<const Vector<T, V>*>(&raw);
-  }
-#endif
-  return load_vector<V>(from);
-}
-
 // In one instruction, said in PTX: left to itself, nvcc 13 takes one of a thread's two stores apart into 4 bytes each.
 template <int V, typename T>
 __device__ void store_whole(T* to, const Vector<T, V>& vector) {
@@ -105,8 +93,8 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const Problem p) {
   for (int i = 0; i < kBatch; ++i) {
     const int64_t row = place.row + i * p.plan.along;
     if (row >= place.last) continue;
-    h[i] = load_once<V>(x + row * p.x_stride);
-    gate[i] = load_once<V>(x + row * p.x_stride + p.columns);
+    h[i] = load_last<V>(x + row * p.x_stride);
+    gate[i] = load_last<V>(x + row * p.x_stride + p.columns);
   }
 #pragma unroll
   for (int i = 0; i < kBatch; ++i) {
@@ -135,9 +123,9 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(const Problem p) {
   for (int i = 0; i < kBatch; ++i) {
     const int64_t row = place.row + i * p.plan.along;
     if (row >= place.last) continue;
-    grad[i] = load_once<V>(grad_y + row * p.grad_y_stride);
-    h[i] = load_once<V>(x + row * p.x_stride);
-    gate[i] = load_once<V>(x + row * p.x_stride + p.columns);
+    grad[i] = load_last<V>(grad_y + row * p.grad_y_stride);
+    h[i] = load_last<V>(x + row * p.x_stride);
+    gate[i] = load_last<V>(x + row * p.x_stride + p.columns);
   }
 #pragma unroll
   for (int i = 0; i < kBatch; ++i) {

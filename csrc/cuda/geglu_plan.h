@@ -4,11 +4,7 @@
 
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define FASTDISTILL_HOST_DEVICE __host__ __device__
-#else
-#define FASTDISTILL_HOST_DEVICE
-#endif
+#include "device_limits.h"
 
 namespace fastdistill::cuda::geglu_plan {
 
@@ -26,8 +22,6 @@ struct Plan {
   int64_t blocks() const { return row_tiles * column_tiles; }
 };
 
-inline int64_t tiles_over(int64_t length, int64_t tile) { return (length + tile - 1) / tile; }
-
 // For `rows` rows of `columns` columns, of which a thread owns `vector` neighbours.
 inline Plan plan(int64_t rows, int64_t columns, int vector) {
   constexpr int kWarp = 32;
@@ -35,15 +29,15 @@ inline Plan plan(int64_t rows, int64_t columns, int vector) {
   // As wide as hangs over by an eighth at most, but not narrower than a warp: 32 vectors for 160, 128 for 640.
   int across = 1;
   while (across < lanes && across < kThreads) across *= 2;
-  while (across > kWarp && 8 * tiles_over(lanes, across) * across > 9 * lanes) across /= 2;
+  while (across > kWarp && 8 * ceil_div(lanes, across) * across > 9 * lanes) across /= 2;
   Plan p{};
   p.across = across;
   p.along = kThreads / across;
   p.columns = int64_t{across} * vector;
-  p.column_tiles = tiles_over(lanes, across);
-  const bool few = p.column_tiles * tiles_over(rows, int64_t{p.along} * kBatch) < kFewBlocks;
+  p.column_tiles = ceil_div(lanes, across);
+  const bool few = p.column_tiles * ceil_div(rows, int64_t{p.along} * kBatch) < kFewBlocks;
   p.rows = int64_t{p.along} * (few ? 1 : kBatch);
-  p.row_tiles = tiles_over(rows, p.rows);
+  p.row_tiles = ceil_div(rows, p.rows);
   return p;
 }
 

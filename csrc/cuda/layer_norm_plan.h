@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <initializer_list>
 
+#include "device_limits.h"
+
 namespace fastdistill::cuda::layer_norm {
 
 constexpr int kWarpThreads = 32;
@@ -23,8 +25,6 @@ struct Plan {
   int64_t blocks;  // that walk the rows in turns; the forward has one for each
 };
 
-constexpr int64_t blocks_over(int64_t count, int64_t each) { return (count + each - 1) / each; }
-
 // In vectors of 8, 320 columns are up to 16 elements per thread of a warp, 640 up to 24, 1280 are 40. A block's threads
 // have 16 each: with more than 512 of them, the registers do not suffice.
 constexpr int kBlockElements = 16;
@@ -34,12 +34,12 @@ inline Plan plan_rows(int64_t columns, int vector, std::initializer_list<int> wa
   if (vector > 1) {
     const int64_t vectors = columns / vector;
     for (const int elements : warp_elements)
-      if (blocks_over(vectors, kWarpThreads) * vector <= elements)
+      if (ceil_div(vectors, kWarpThreads) * vector <= elements)
         return {Kind::kWarp, elements, kRowsPerBlock * kWarpThreads, 0};
-    const int64_t threads = blocks_over(columns, int64_t{kBlockElements} * kWarpThreads) * kWarpThreads;
+    const int64_t threads = ceil_div(columns, int64_t{kBlockElements} * kWarpThreads) * kWarpThreads;
     if (threads <= kMaxBlockThreads) return {Kind::kBlock, kBlockElements, static_cast<int>(threads), 0};
   }
-  const int64_t threads = blocks_over(columns, 4 * int64_t{kWarpThreads} * vector) * kWarpThreads;
+  const int64_t threads = ceil_div(columns, 4 * int64_t{kWarpThreads} * vector) * kWarpThreads;
   return {Kind::kLoop, 0, static_cast<int>(std::min<int64_t>(threads, kMaxBlockThreads)), 0};
 }
 
@@ -47,7 +47,7 @@ inline int rows_per_block(const Plan& plan) { return plan.kind == Kind::kWarp ? 
 
 inline Plan plan_forward(int64_t rows, int64_t columns, int vector) {
   Plan plan = plan_rows(columns, vector, {16, 24, 40});
-  plan.blocks = blocks_over(rows, rows_per_block(plan));
+  plan.blocks = ceil_div(rows, rows_per_block(plan));
   return plan;
 }
 
@@ -58,7 +58,7 @@ constexpr int resident_warp_blocks(int elements) { return elements <= 16 ? 3 : 2
 
 inline Plan plan_backward(int64_t rows, int64_t columns, int vector, bool sums, int multiprocessors) {
   Plan plan = plan_rows(columns, vector, {16, 24});
-  plan.blocks = blocks_over(rows, rows_per_block(plan));
+  plan.blocks = ceil_div(rows, rows_per_block(plan));
   const int resident = plan.kind == Kind::kWarp ? resident_warp_blocks(plan.elements) : kMaxBlockThreads / plan.threads;
   if (sums) plan.blocks = std::min(plan.blocks, int64_t{multiprocessors} * resident);
   return plan;
