@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import math
 
 import pytest
 import torch
@@ -69,15 +70,20 @@ def result_and_gradients(model, call, **settings):
 
 
 def assert_same_numbers(ours, exact, torchs):
-    """Each largest error is at most 5 times that of the plain model in the same dtype, beside a rounding floor.
+    """Of each tensor the error is at most that of the plain model in the same dtype, four times over.
 
-    Not twice: orders of summation differ at some fifty places, and the largest of a few values scatters.
+    Errors are lengths, over all values of a tensor: of a few values in a row of some fifty roundings one error is large
+    by chance. So is that of a small tensor as a whole, and the plain model's error over all tensors is allowed beside it.
     """
-    for name, value in ours.items():
-        error, theirs = ((v.double() - exact[name]).abs().max().item() for v in (value, torchs[name]))
-        assert error <= 5 * theirs + 1e-6 * max(1.0, exact[name].abs().max().item()), (
-            f"{name}: {error} against {theirs}"
-        )
+
+    def error(name, found):
+        return (found[name].double() - exact[name]).norm().item()
+
+    lengths = {name: value.norm().item() for name, value in exact.items()}
+    overall = math.hypot(*(error(name, torchs) for name in exact)) / math.hypot(*lengths.values())
+    for name in exact:
+        allowed = 4 * (error(name, torchs) + overall * lengths[name]) + 1e-6
+        assert error(name, ours) <= allowed, f"{name}: error {error(name, ours)}, allowed {allowed}"
 
 
 def exact_numbers(model, call, **settings):
