@@ -79,17 +79,56 @@ struct Forward {
     });
   }
 
+  const char* x_at(int64_t n, int64_t pixel, int64_t channel) const {
+    return x + (n * p.x.stride.n + pixel * p.x.stride.s + channel) * p.bytes;
+  }
+
+  void pixels(int64_t n, int64_t first, int64_t rows, int64_t channel, int64_t channels) const {
+    k.forward_pixels(x_at(n, first, channel), p.x.stride.s, y + ((n * p.x.S + first) * p.x.C + channel) * p.bytes,
+                     p.x.C, rows, channels, constants(n).from(channel), silu);
+  }
+
+  // Both sweeps over a slab by one thread. The partial moments are those of channels_last(), and so is the result.
+  void slab(const Slabs& slabs, const PixelTasks& tasks, int64_t n, int64_t slab, float* scratch, Moments* parts) {
+    const int64_t group = slab * slabs.groups, groups = slabs.groups_of(p, slab);
+    const int64_t channel = group * p.per_group, channels = groups * p.per_group;
+    const float* add = p.add ? p.add_of(n) + channel : nullptr;
+    for (int64_t i = 0; i < tasks.per_sample; ++i) {
+      const int64_t first = i * tasks.rows_per_task;
+      k.moments_pixels(x_at(n, first, channel), std::min(tasks.rows_per_task, p.x.S - first), p.x.stride.s, channels,
+                       groups, add, scratch, &parts[i * groups]);
+    }
+    for (int64_t g = 0; g < groups; ++g) {
+      Moments total{0, 0, 0};
+      for (int64_t i = 0; i < tasks.per_sample; ++i) combine(total, parts[i * groups + g]);
+      finish_group(n, group + g, total);
+    }
+    for (int64_t i = tasks.per_sample - 1; i >= 0; --i) {
+      const int64_t first = i * tasks.rows_per_task;
+      pixels(n, first, std::min(tasks.rows_per_task, p.x.S - first), channel, channels);
+    }
+  }
+
   void channels_last() {
     const PixelTasks tasks(p);
+    if (const Slabs slabs(p); slabs.serve(p)) {
+      const int64_t grain = tasks_per_thread(slabs.channels * p.x.S);
+      parallel_for(0, p.x.N * slabs.per_sample, grain, [&](int64_t begin, int64_t end) {
+        const auto scratch = floats(3 * slabs.channels);
+        std::vector<Moments> parts(tasks.per_sample * slabs.groups);
+        for (int64_t i = begin; i < end; ++i)
+          slab(slabs, tasks, i / slabs.per_sample, i % slabs.per_sample, scratch.get(), parts.data());
+      });
+      return;
+    }
     const int64_t grain = tasks_per_thread(tasks.rows_per_task * p.x.C);
     std::vector<Moments> parts(p.x.N * tasks.per_sample * p.groups);
     parallel_for(0, p.x.N * tasks.per_sample, grain, [&](int64_t begin, int64_t end) {
       const auto scratch = floats(3 * p.x.C);
       for (int64_t i = begin; i < end; ++i) {
         const int64_t n = i / tasks.per_sample, first = i % tasks.per_sample * tasks.rows_per_task;
-        k.moments_pixels(x + (n * p.x.stride.n + first * p.x.stride.s) * p.bytes,
-                         std::min(tasks.rows_per_task, p.x.S - first), p.x.stride.s, p.x.C, p.groups, p.add_of(n),
-                         scratch.get(), &parts[i * p.groups]);
+        k.moments_pixels(x_at(n, first, 0), std::min(tasks.rows_per_task, p.x.S - first), p.x.stride.s, p.x.C, p.groups,
+                         p.add_of(n), scratch.get(), &parts[i * p.groups]);
       }
     });
     for (int64_t n = 0; n < p.x.N; ++n)
@@ -99,10 +138,7 @@ struct Forward {
           combine(total, parts[(n * tasks.per_sample + i) * p.groups + g]);
         finish_group(n, g, total);
       }
-    for_pixels_backwards(p, [&](int64_t n, int64_t first, int64_t rows) {
-      k.forward_pixels(x + (n * p.x.stride.n + first * p.x.stride.s) * p.bytes, p.x.stride.s,
-                       y + (n * p.x.S + first) * p.x.C * p.bytes, rows, p.x.C, constants(n), silu);
-    });
+    for_pixels_backwards(p, [&](int64_t n, int64_t first, int64_t rows) { pixels(n, first, rows, 0, p.x.C); });
   }
 };
 

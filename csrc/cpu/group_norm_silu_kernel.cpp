@@ -219,7 +219,8 @@ void moments_pixels(const void* x_, int64_t rows, int64_t row_stride, int64_t C,
 }
 
 template <typename T, bool kSilu>
-void forward_pixels(const T* x, int64_t row_stride, T* y, int64_t rows, int64_t C, ForwardConstants k) {
+void forward_pixels(const T* x, int64_t row_stride, T* y, int64_t out_stride, int64_t rows, int64_t C,
+                    ForwardConstants k) {
   for_strips(rows, [&](int64_t begin, int64_t end) {
     for_steps(C, [&](int64_t c, auto lanes) {
       const Pair center = load_floats<T>(k.center + c, lanes), scale = load_floats<T>(k.scale + c, lanes);
@@ -228,17 +229,17 @@ void forward_pixels(const T* x, int64_t row_stride, T* y, int64_t rows, int64_t 
         prefetch_next_strip(x + r * row_stride + c, row_stride);
         Pair z = (load(x + r * row_stride + c, lanes) - center) * scale + shift;
         if constexpr (kSilu) z = silu(z);
-        store(y + r * C + c, z, lanes);
+        store(y + r * out_stride + c, z, lanes);
       }
     });
   });
 }
 
 template <typename T>
-void forward_pixels(const void* x, int64_t row_stride, void* y, int64_t rows, int64_t C, ForwardConstants k,
-                    bool silu) {
+void forward_pixels(const void* x, int64_t row_stride, void* y, int64_t out_stride, int64_t rows, int64_t C,
+                    ForwardConstants k, bool silu) {
   auto run = silu ? forward_pixels<T, true> : forward_pixels<T, false>;
-  run((const T*)x, row_stride, (T*)y, rows, C, k);
+  run((const T*)x, row_stride, (T*)y, out_stride, rows, C, k);
 }
 
 template <typename T, bool kSilu>

@@ -49,12 +49,12 @@ struct GroupNormSiluKernels {
   void (*backward_rows)(const void* x, const void* grad_y, GradientStrides grad, const float* kept_dz, void* grad_x,
                         int64_t rows, int64_t length, BackwardConstants k, bool silu);
 
-  // Channels last: `rows` pixels, row_stride apart, of C channels each; y and grad_x are dense.
+  // Channels last: C channels of `rows` pixels, which are row_stride apart in x, out_stride in y; grad_x is dense.
   // moments[g] are overwritten; scratch holds 3 * C floats. At most a few hundred pixels at a time.
   void (*moments_pixels)(const void* x, int64_t rows, int64_t row_stride, int64_t C, int64_t groups, const float* add,
                          float* scratch, Moments* moments);
-  void (*forward_pixels)(const void* x, int64_t row_stride, void* y, int64_t rows, int64_t C, ForwardConstants k,
-                         bool silu);
+  void (*forward_pixels)(const void* x, int64_t row_stride, void* y, int64_t out_stride, int64_t rows, int64_t C,
+                         ForwardConstants k, bool silu);
   // sums: (3, C), added to; scratch holds 3 * C floats.
   void (*backward_sums_pixels)(const void* x, int64_t row_stride, const void* grad_y, GradientStrides grad,
                                float* kept_dz, int64_t rows, int64_t C, BackwardConstants k, bool silu, float* scratch,

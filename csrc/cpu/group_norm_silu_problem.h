@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <numeric>
 #include <optional>
 
 #include "../layout.h"
@@ -90,6 +91,25 @@ struct PixelTasks {
   PixelTasks(const Problem& p) : rows_per_task(std::clamp<int64_t>(65536 / p.x.C, 64, 512)) {
     per_sample = (p.x.S + rows_per_task - 1) / rows_per_task;
   }
+};
+
+// Slabs of a channels-last tensor: whole groups with all their pixels, which a thread can keep in its second-level cache
+// between its sweeps, as it keeps a group of a contiguous one. Of whole vectors, or loads would have to be split.
+struct Slabs {
+  int64_t groups = 0, channels = 0, per_sample = 0;
+
+  explicit Slabs(const Problem& p) {
+    constexpr int64_t kVectorElements = 32, kCacheBytes = 768 << 10;  // three quarters of 1 MiB
+    const int64_t whole_vectors = std::lcm(kVectorElements, p.per_group);
+    if (whole_vectors * p.x.S * p.bytes > kCacheBytes) return;
+    channels = whole_vectors;
+    groups = whole_vectors / p.per_group;
+    per_sample = (p.groups + groups - 1) / groups;
+  }
+
+  // Fewer slabs than threads would leave some idle.
+  bool serve(const Problem& p) const { return per_sample > 0 && p.x.N * per_sample >= torch::stable::get_num_threads(); }
+  int64_t groups_of(const Problem& p, int64_t slab) const { return std::min(groups, p.groups - slab * groups); }
 };
 
 // body(n, first pixel, pixels) over all pixels, in parallel, the last ones first: they are what the sums left in cache.
