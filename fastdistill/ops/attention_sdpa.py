@@ -105,7 +105,9 @@ def _version(kernel: str) -> str:
 
 
 def _writes_token_order(kernel: str, q: torch.Tensor) -> bool:
-    """cuDNN's result lies like q; the explicit product of matrices is written head by head."""
+    """cuDNN's result lies like q, and on a CPU flash's; the explicit product of matrices is written head by head."""
     if kernel == "sdpa:math":
         return q.shape[1] == 1 or q.shape[2] == 1
-    return kernel != "sdpa:cudnn" or q.transpose(1, 2).is_contiguous()
+    if kernel == "sdpa:cudnn" or q.device.type == "cpu":
+        return torch.empty_like(q, device="meta").transpose(1, 2).is_contiguous()
+    return True
