@@ -10,7 +10,7 @@ from fastdistill.ops import BackendError, attention, attention_sdpa, explain
 from fastdistill.ops._dispatch import ops
 from fastdistill.ops.attention import _backward, _backward_fake, _forward, _forward_fake
 from tests.ops.accuracy import assert_close_to_exact
-from tests.ops.backends import in_every_dtype, truncates
+from tests.ops.backends import DTYPES
 
 BACKENDS = [
     pytest.param("reference", "cpu", id="reference"),
@@ -25,8 +25,24 @@ BACKENDS = [
 ]
 COMPILED = [b for b in BACKENDS if b.id != "triton-interpreted"]  # torch.compile does not trace into the interpreter
 KERNELS = [b for b in BACKENDS if b.values[0] == "triton"]
+# On a GPU torch's kernels add gradients atomically, unless told otherwise.
+REPEATABLE = [b for b in BACKENDS if b.values[1] == "cpu" or b.values[0] == "triton"]
 on_every_backend = pytest.mark.parametrize(("backend", "device"), BACKENDS)
 on_every_kernel = pytest.mark.parametrize(("backend", "device"), KERNELS)
+
+
+def in_dtypes(backends, *dtypes):
+    """Triton's interpreter multiplies matrices of bfloat16 as if their bits were integers: it cannot test them."""
+    return pytest.mark.parametrize(
+        ("backend", "device", "dtype"),
+        [
+            pytest.param(*backend.values, dtype, id=f"{backend.id}-{str(dtype)[6:]}", marks=backend.marks)
+            for backend in backends
+            for dtype in dtypes
+            if (backend.id, dtype) != ("triton-interpreted", torch.bfloat16)
+        ],
+    )
+
 
 # (B, H, N, M, D): the head dims of SD1.5, SD2.1, SDXL, ViT-S and the VAE, self and text attention, with few tokens; odd
 # numbers of either, one key, one query, one head dim that is no library's favourite.
@@ -91,22 +107,22 @@ def check_against_exact(backend, device, q, k, v, scale=None, grad_o=None):
     narrow, grad_o = [t.detach().cpu() for t in (q, k, v)], grad_o.cpu()
     exact_o, exact = run(lambda *t: plainly(*t, scale), [t.double() for t in narrow], grad_o)
     torch_o, torchs = run(lambda *t: plainly(*t, scale), narrow, grad_o)
-    # A weight is exp(logit - log-sum-exp), and either, rounded in its last place, changes it by that fraction.
-    largest_logit = (narrow[0].double() @ narrow[1].double().mT).abs().max().item() * abs(scale or 1)
-    ulp = {"whole_ulp": truncates(backend, device, q.dtype), "relative": largest_logit * 2**-23 if scale else 0.0}
-    assert_close_to_exact(o.cpu(), exact_o, torch_o, q.dtype, **ulp, what="o")
+    # A weight is exp(logit - log-sum-exp): each product, their sum, the log-sum-exp and the difference are rounded, and
+    # a rounding of the last place of a logit changes the weight by that fraction.
+    largest_logit = (narrow[0].double() @ narrow[1].double().mT).abs().max().item() * abs(scale or 0)
+    allowed = {"relative": 4 * largest_logit * 2**-24}
+    assert_close_to_exact(o.cpu(), exact_o, torch_o, q.dtype, **allowed, what="o")
     for name, ours, exact_, torch_ in zip("qkv", grads, exact, torchs):
         assert ours.dtype == q.dtype
-        assert_close_to_exact(ours.cpu(), exact_, torch_, q.dtype, **ulp, what=f"gradient of {name}")
+        assert_close_to_exact(ours.cpu(), exact_, torch_, q.dtype, **allowed, what=f"gradient of {name}")
     assert is_in_token_order(o)
     if backend == "triton":
         assert all(map(is_in_token_order, grads))
     return o
 
 
-@on_every_backend
+@in_dtypes(BACKENDS, *DTYPES)
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda v: "x".join(map(str, v)))
-@in_every_dtype
 def test_result_and_gradients_equal_float64(backend, device, shape, dtype):
     check_against_exact(backend, device, *make(shape, dtype, device))
 
@@ -128,8 +144,7 @@ def test_the_sites_of_the_models_equal_float64(backend, shape):
     check_against_exact(backend, "cuda", *make(shape, torch.bfloat16, "cuda"))
 
 
-@on_every_backend
-@in_every_dtype
+@in_dtypes(BACKENDS, *DTYPES)
 @pytest.mark.parametrize("shape", [(1, 2, 40, 77, 40), (1, 1, 70, 300, 64)], ids=["one tile", "several"])
 def test_large_logits_stay_finite_and_exact(backend, device, dtype, shape):
     q, k, v = make(shape, dtype, device)
@@ -148,7 +163,7 @@ def test_equal_logits_of_any_size_give_the_mean_of_the_values(backend, device, k
     o, grads = run(lambda *t: attention(*t, scale=1.0, backend=backend), (q, k, v), torch.ones(q.shape))
     torch.testing.assert_close(o, v.mean(2, keepdim=True).expand_as(o), rtol=1e-5, atol=1e-5)
     assert all(g.isfinite().all() for g in grads)
-    torch.testing.assert_close(grads[2], torch.full_like(v, 9 / keys), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(grads[2], torch.full_like(v, 9 / keys), rtol=3000 * 2**-22, atol=0)
 
 
 @on_every_backend
@@ -222,9 +237,8 @@ STRIDES = [
 ]
 
 
-@on_every_backend
+@in_dtypes(BACKENDS, torch.float32, torch.bfloat16)
 @pytest.mark.parametrize("how", STRIDES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_tensors_may_lie_in_any_strides(backend, device, how, dtype):
     check_against_exact(backend, device, *lying(how, dtype, device))
 
@@ -293,8 +307,7 @@ def test_only_the_tensors_and_the_log_sum_exp_are_saved(backend, device):
     ]
 
 
-@on_every_kernel
-@in_every_dtype
+@in_dtypes(KERNELS, *DTYPES)
 @pytest.mark.parametrize("keys", [77, 300])
 def test_the_log_sum_exp_is_the_natural_one_in_float32(backend, device, dtype, keys):
     q, k, v = make((1, 2, 20, keys, 40), dtype, device)
@@ -335,14 +348,12 @@ def test_a_second_derivative_exists_on_the_reference_and_is_refused_with_the_alt
     torch.testing.assert_close(second.double(), exact, rtol=1e-3, atol=1e-4)
 
 
-@on_every_backend
+@pytest.mark.parametrize(("backend", "device"), REPEATABLE)
 @pytest.mark.parametrize("shape", [(2, 2, 70, 77, 40), (1, 2, 130, 300, 64)], ids=["text", "self"])
 def test_repeating_a_call_gives_the_same_bits(backend, device, shape):
     inputs = make(shape, torch.float16, device)
     if unsupported(backend, *inputs):
         return
-    if backend.startswith("sdpa") and device == "cuda":
-        pytest.skip("torch's kernels add gradients atomically unless told otherwise")
     grad_o = torch.randn(inputs[0].shape)
     runs = [run(lambda *t: attention(*t, backend=backend), inputs, grad_o) for _ in range(3)]
     for o, grads in runs[1:]:
@@ -406,17 +417,16 @@ def test_compiles_with_the_default_compiler(backend, device):
 @on_every_backend
 def test_autocast_casts_the_inputs_and_returns_its_dtype(backend, device):
     q, k, v = make((1, 2, 10, 12, 40), torch.float32, device)
-    narrow = [t.to(torch.bfloat16) for t in (q, k, v)]
+    narrow = [t.to(torch.float16) for t in (q, k, v)]
     if unsupported(backend, *narrow):
         return
-    with torch.autocast(device, dtype=torch.bfloat16):
+    with torch.autocast(device, dtype=torch.float16):
         o = attention(q, k, v, backend=backend)
-        assert torch.equal(o, attention(q, k.to(torch.bfloat16), v, backend=backend))
-        assert "bfloat16" not in str(explain("attention", q, k, v).reasons["sdpa"])
-    assert o.dtype == torch.bfloat16
+        assert torch.equal(o, attention(q, k.to(torch.float16), v, backend=backend))
+    assert o.dtype == torch.float16
     assert torch.equal(o, attention(*narrow, backend=backend))
     leaves = [t.requires_grad_() for t in (q, k, v)]
-    with torch.autocast(device, dtype=torch.bfloat16):
+    with torch.autocast(device, dtype=torch.float16):
         grads = torch.autograd.grad(attention(*leaves, backend=backend).float().sum(), leaves)
     assert {g.dtype for g in grads} == {torch.float32}
 
