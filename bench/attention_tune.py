@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -50,6 +52,8 @@ def tune(
     cases = attention.BENCHMARK.select_cases(shapes)
     name = attention_table.device_name(device, 0)
     path = out or attention_table.user_path(name)
+    if out is None:
+        path.parent.mkdir(parents=True, exist_ok=True)
     _output.check_file(path)
     gpu = execution.open_gpu() if device == "cuda" else None
     backends = tuple(p for p in attention.BENCHMARK.select_providers(None) if p.name != PLAIN)
@@ -72,41 +76,56 @@ def tune(
 def measured_rules(rows: Sequence[Row]) -> list[dict]:
     """One rule per site, dtype and direction: the backends whose error was within its limit, the fastest first.
 
-    A rule holds from half to twice the tokens and heads that were measured. The text's 77 keys stand for all short
-    ones, up to 128.
+    A rule holds half-way (in ratio) to the next sizes that were measured, and no further than from half to twice its
+    own, so no two rules hold for one call. The text's 77 keys stand for 65 to 128.
     """
-    sites: dict[tuple[str, str, str], list[Row]] = {}
+    sites: dict[tuple[_Sizes, str, str], list[Row]] = {}
     for row in rows:
-        sites.setdefault((row.key.case, row.key.dtype, row.key.mode), []).append(row)
+        sites.setdefault((_Sizes(*map(int, row.key.case.split("x"))), row.key.dtype, row.key.mode), []).append(row)
+    known = {sizes for sizes, *_ in sites}
     rules = []
-    for (case, dtype, direction), members in sites.items():
+    for (sizes, dtype, direction), members in sites.items():
         right = sorted((row for row in members if row.status == "ok"), key=lambda row: row.speed.ours_us)
         if not right:
             continue
-        heads, queries, keys, width = map(int, case.split("x"))
+        alike = [other for other in known if (other.width, other.text) == (sizes.width, sizes.text)]
+        queries = _around(sizes.queries, {other.queries for other in alike})
+        keys = [queries[0], min(queries[1], 64) if sizes.keys <= 64 else queries[1]]
         times = ", ".join(f"{row.key.provider} {row.speed.ours_us:.1f} us" for row in right)
         rules.append(
             {
-                "D": [width, width],
-                "N": _around(queries),
-                "M": [1, 128] if keys == attention.TEXT_TOKENS else _around(keys),
-                "heads": _around(heads),
+                "D": [sizes.width, sizes.width],
+                "N": queries,
+                "M": [65, 128] if sizes.text else keys,
+                "heads": _around(sizes.heads, {o.heads for o in alike if o.queries == sizes.queries}),
                 "dtype": [dtype],
                 "direction": [direction],
                 "backends": [*(row.key.provider for row in right), PLAIN],
-                "reason": f"measured at {case}: {times}",
+                "reason": f"measured at {right[0].key.case}: {times}",
             }
         )
     return rules
 
 
-def _around(size: int) -> list[int]:
-    """So that the rules of sizes that grow by factors of four meet without a gap."""
-    return [size // 2 + 1, 2 * size]
+class _Sizes(NamedTuple):
+    heads: int
+    queries: int
+    keys: int
+    width: int
+
+    @property
+    def text(self) -> bool:
+        return self.keys == attention.TEXT_TOKENS
+
+
+def _around(size: int, measured: set[int]) -> list[int]:
+    below = max((math.isqrt(size * other) for other in measured if other < size), default=0)
+    above = min((math.isqrt(size * other) for other in measured if other > size), default=2 * size)
+    return [max(size // 2, below) + 1, min(2 * size, above)]
 
 
 def as_json(device: str, rules: Sequence[dict]) -> str:
-    """The file: a line per rule. What was not measured is decided by the package's estimates, which stand at the end."""
+    """The file: a line per rule. What was not measured is decided by the package's estimates, at the end."""
     estimates = json.loads(attention_table.packaged_path("default").read_text())["rules"]
     estimates = [{**rule, "reason": f"estimate: {rule['reason']}"} for rule in estimates]
     source = f"measured with torch {torch.__version__}, {_CACHE}; estimates where nothing was measured"

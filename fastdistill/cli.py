@@ -287,11 +287,10 @@ def tune(
     from fastdistill.bench.attention_tune import tune as measure
 
     path, rows = measure(out, device, None if shapes is None else shapes.split(","), tuple(dtype.split(",")), pairs)
-    wrong = [row for row in rows if row.status in ("failed", "raised")]
-    for row in wrong:
-        print(
-            f"left out: {row.key.provider} at {row.key.case}, {row.key.dtype}, {row.key.mode}: {row.missing or 'wrong'}"
-        )
+    for row in rows:
+        if row.status in ("failed", "raised"):
+            why = row.missing or "its error exceeds the limit"
+            print(f"left out: {row.key.provider} at {row.key.case}, {row.key.dtype}, {row.key.mode}: {why}")
     print(path)
 
 

@@ -114,12 +114,21 @@ def choose(site: Site, device: torch.device) -> Choice:
 
 
 def preferred(site: Site, device: torch.device) -> tuple[str, ...]:
-    """The backends of that choice alone, in a way that torch.compile can trace: it reads the table once, and compares
-    sizes that may be symbols."""
-    for ranges, dtypes, directions, backends in _plain(device.type, device.index, os.environ.get(VARIABLE)):
+    """The backends of that choice alone: looked up once per site, or, by torch.compile, compared with sizes that may
+    be symbols."""
+    if torch.compiler.is_compiling():
+        return _preferred(site, device.type, device.index, os.environ.get(VARIABLE))
+    return _remembered(site, device.type, device.index, os.environ.get(VARIABLE))
+
+
+def _preferred(site: Site, kind: str, index: int | None, named: str | None) -> tuple[str, ...]:
+    for ranges, dtypes, directions, backends in _plain(kind, index, named):
         if _holds(ranges, dtypes, directions, site):
             return backends
     return ()
+
+
+_remembered = functools.lru_cache(maxsize=1024)(_preferred)
 
 
 @_dispatch.constant
