@@ -408,13 +408,9 @@ def test_tune_measures_attention_and_names_the_table(run, monkeypatch, tmp_path)
     calls = []
     monkeypatch.setattr(attention_tune, "tune", lambda *options: calls.append(options) or (tmp_path / "t.json", []))
     result = run("tune", "attention", "--device", "cpu", "--shapes", "sd15,vit", "--dtype", "float32", "--pairs", "3")
-    assert (result.code, result.out) == (0, f"{tmp_path / 't.json'}\n")
+    assert (result.exit_code, result.stdout) == (0, f"{tmp_path / 't.json'}\n")
     assert calls == [(None, "cpu", ["sd15", "vit"], ("float32",), 3)]
 
 
 def test_tune_refuses_ops_that_no_table_chooses_for(run):
-    result = run("tune", "geglu")
-    assert (result.code, result.err) == (
-        2,
-        "fastdistill: op 'geglu': no table chooses its backends; known: attention\n",
-    )
+    assert_refused(run("tune", "geglu"), "op 'geglu': no table chooses its backends; known: attention")
