@@ -89,10 +89,14 @@ def exact(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 
 
 def _named(provider: Provider) -> Provider:
-    """Its rows say which of torch's kernels they are about."""
+    """Torch's kernels are not this package's work, and their rows say which of them they are about."""
     if provider.name not in attention_sdpa.NAMES:
         return provider
-    return dataclasses.replace(provider, remark=lambda inputs: attention_sdpa.describe(provider.name, **inputs.tensors))
+
+    def remark(inputs: Inputs) -> str:
+        return attention_sdpa.describe(provider.name, **inputs.tensors)
+
+    return dataclasses.replace(provider, remark=remark, peer=True)
 
 
 _TORCH = dataclasses.replace(

@@ -1,7 +1,7 @@
 """How much of attention's forward pass is padding, and how full the device is.
 
-`python -m fastdistill.bench.attention_tiles` prints it. Counted from shapes alone, for tiles as libraries use them and for the tiles that this package's Triton kernels would
-take on the device. Nothing is run.
+`python -m fastdistill.bench.attention_tiles` prints it, counted from shapes alone, for tiles as libraries use them and
+for the tiles that this package's Triton kernels would take on the device. Nothing is run.
 """
 
 from __future__ import annotations
