@@ -26,7 +26,10 @@ def _backend(op: str, function: Callable[..., object], record: _dispatch.Backend
     def prepare(inputs: Inputs) -> Callable[..., object]:
         # The first choice is called as users call it: the time it takes to choose is part of its time. Where that
         # depends on the call (whether it needs a gradient, say), what is measured must be said.
-        if _dispatch.ops()[op].preferred is None and explain(op, **inputs.tensors, **inputs.constants).backend == record.name:
+        if (
+            _dispatch.ops()[op].preferred is None
+            and explain(op, **inputs.tensors, **inputs.constants).backend == record.name
+        ):
             return function
         return functools.partial(function, backend=record.name)
 

@@ -1,6 +1,8 @@
 """attention on every backend: numbers against float64, strides, derivatives, compilation, choice, bad input."""
 
 import math
+import types
+import warnings
 
 import pytest
 import torch
@@ -197,6 +199,13 @@ def test_nothing_to_compute_gives_an_empty_result_and_zero_gradients(backend, de
     for gradient, t in zip(grads, (q, k, v)):
         assert gradient.shape == t.shape
         assert not gradient.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_reference_rounds_once(dtype):
+    inputs = make((1, 2, 9, 70, 40), dtype)
+    wide = attention(*(t.float() for t in inputs), backend="reference")
+    assert torch.equal(attention(*inputs, backend="reference"), wide.to(dtype))
 
 
 # ---- how tensors lie ------------------------------------------------------------------------------------------------
@@ -504,6 +513,21 @@ def test_what_torch_chooses_is_what_runs():
     names = [event.name for event in profile.events() if event.name.startswith("aten::_scaled_dot_product")]
     assert attention_sdpa.chosen_by_torch(q, k, v) == "sdpa:flash"
     assert names == ["aten::_scaled_dot_product_flash_attention_for_cpu", "aten::_scaled_dot_product_attention_math"]
+
+
+def test_a_kernel_that_torch_refuses_is_refused_in_torchs_words(monkeypatch):
+    def can_use(name, *_, debug):
+        if debug:
+            warnings.warn(f"{name}  needs sm80. (Triggered internally at ../sdp_utils.cpp:1.)", stacklevel=1)
+        return False
+
+    monkeypatch.setattr(attention_sdpa, "_can_use", can_use)
+    on_a_gpu = types.SimpleNamespace(device=torch.device("cuda"), dtype=torch.float16)
+    assert attention_sdpa.reasons("sdpa:flash", on_a_gpu, None, None) == ["sdpa:flash needs sm80."]
+    assert attention_sdpa.reasons("sdpa:math", on_a_gpu, None, None) == []
+    assert attention_sdpa.reasons("sdpa", on_a_gpu, None, None) == []
+    monkeypatch.setattr(attention_sdpa, "_can_use", lambda *_, debug: False)
+    assert attention_sdpa.reasons("sdpa:cudnn", on_a_gpu, None, None) == ["torch says that it cannot, not why"]
 
 
 def test_float64_is_the_references():
