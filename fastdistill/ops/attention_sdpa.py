@@ -57,8 +57,12 @@ def reasons(name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> lis
         return ["float64 is served by the reference alone"]
     if kind == "cpu":
         return _cpu_reasons(name, q, k, v)
-    # A compiler cannot look into torch's questions; there torch itself refuses, if it must, when the graph runs.
-    if name not in _CAN_USE or torch.compiler.is_compiling() or _can_use(name, q, k, v, debug=False):
+    # A compiler sees neither addresses nor torch's answers; torch itself refuses then, if it must, in the graph.
+    if name == "sdpa:math" or torch.compiler.is_compiling():
+        return []
+    if crooked := _misaligned(q, k, v):
+        return crooked
+    if name == PLAIN or _can_use(name, q, k, v, debug=False):
         return []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -77,6 +81,18 @@ def _cpu_reasons(name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -
             if t.stride(-1) != 1
         ]
     return []
+
+
+def _misaligned(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> list[str]:
+    """The kernels load 16 bytes at a time and torch does not look where from; it pads narrower heads itself."""
+    if q.shape[-1] * q.element_size() % 16:
+        return []
+    return [
+        f"{each} begins {t.data_ptr() % 16} bytes after a multiple of 16, strides {tuple(t.stride())}: "
+        "needs address and strides to be multiples of 16 bytes"
+        for each, t in (("q", q), ("k", k), ("v", v))
+        if t.data_ptr() % 16 or any(stride * t.element_size() % 16 for stride in t.stride()[:-1])
+    ]
 
 
 def _can_use(name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, debug: bool) -> bool:

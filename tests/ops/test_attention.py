@@ -27,8 +27,9 @@ BACKENDS = [
 ]
 COMPILED = [b for b in BACKENDS if b.id != "triton-interpreted"]  # torch.compile does not trace into the interpreter
 KERNELS = [b for b in BACKENDS if b.values[0] == "triton"]
-# On a GPU torch's kernels add gradients atomically, unless told otherwise.
-REPEATABLE = [b for b in BACKENDS if b.values[1] == "cpu" or b.values[0] == "triton"]
+# Not torch's kernels on a GPU: they add gradients atomically unless told otherwise, and load those that arrive 16 bytes
+# at a time wherever they begin.
+NOT_TORCHS_ON_GPU = [b for b in BACKENDS if b.values[1] == "cpu" or b.values[0] == "triton"]
 on_every_backend = pytest.mark.parametrize(("backend", "device"), BACKENDS)
 on_every_kernel = pytest.mark.parametrize(("backend", "device"), KERNELS)
 
@@ -272,7 +273,7 @@ def test_values_of_a_head_that_do_not_lie_side_by_side_are_served_all_the_same(b
         check_against_exact(backend, device, *inputs)
 
 
-@on_every_backend
+@pytest.mark.parametrize(("backend", "device"), NOT_TORCHS_ON_GPU)
 @pytest.mark.parametrize("arrival", ["expanded", "head by head", "wider", "transposed"])
 def test_the_gradient_may_arrive_in_any_strides(backend, device, arrival):
     q, k, v = make((2, 2, 10, 12, 40), torch.float32, device)
@@ -357,7 +358,7 @@ def test_a_second_derivative_exists_on_the_reference_and_is_refused_with_the_alt
     torch.testing.assert_close(second.double(), exact, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize(("backend", "device"), REPEATABLE)
+@pytest.mark.parametrize(("backend", "device"), NOT_TORCHS_ON_GPU)
 @pytest.mark.parametrize("shape", [(2, 2, 70, 77, 40), (1, 2, 130, 300, 64)], ids=["text", "self"])
 def test_repeating_a_call_gives_the_same_bits(backend, device, shape):
     inputs = make(shape, torch.float16, device)
@@ -515,19 +516,46 @@ def test_what_torch_chooses_is_what_runs():
     assert names == ["aten::_scaled_dot_product_flash_attention_for_cpu", "aten::_scaled_dot_product_attention_math"]
 
 
+def as_on_a_gpu(monkeypatch, can_use):
+    """The reasons for tensors on the CPU, asked as if they were on a GPU."""
+    monkeypatch.setattr(attention_sdpa, "_can_use", can_use)
+
+    def reasons(name, *tensors):
+        q = types.SimpleNamespace(
+            device=torch.device("cuda"), **{n: getattr(tensors[0], n) for n in ("dtype", "shape", "stride")}
+        )
+        q.data_ptr, q.element_size = tensors[0].data_ptr, tensors[0].element_size
+        return attention_sdpa.reasons(name, q, *tensors[1:])
+
+    return reasons
+
+
 def test_a_kernel_that_torch_refuses_is_refused_in_torchs_words(monkeypatch):
-    def can_use(name, *_, debug):
+    def refuse(name, *_, debug):
         if debug:
             warnings.warn(f"{name}  needs sm80. (Triggered internally at ../sdp_utils.cpp:1.)", stacklevel=1)
         return False
 
-    monkeypatch.setattr(attention_sdpa, "_can_use", can_use)
-    on_a_gpu = types.SimpleNamespace(device=torch.device("cuda"), dtype=torch.float16)
-    assert attention_sdpa.reasons("sdpa:flash", on_a_gpu, None, None) == ["sdpa:flash needs sm80."]
-    assert attention_sdpa.reasons("sdpa:math", on_a_gpu, None, None) == []
-    assert attention_sdpa.reasons("sdpa", on_a_gpu, None, None) == []
-    monkeypatch.setattr(attention_sdpa, "_can_use", lambda *_, debug: False)
-    assert attention_sdpa.reasons("sdpa:cudnn", on_a_gpu, None, None) == ["torch says that it cannot, not why"]
+    inputs = make((1, 2, 3, 4, 40), torch.float16)
+    reasons = as_on_a_gpu(monkeypatch, refuse)
+    assert reasons("sdpa:flash", *inputs) == ["sdpa:flash needs sm80."]
+    assert reasons("sdpa:math", *inputs) == []
+    assert reasons("sdpa", *inputs) == []
+    reasons = as_on_a_gpu(monkeypatch, lambda *_, debug: False)
+    assert reasons("sdpa:cudnn", *inputs) == ["torch says that it cannot, not why"]
+
+
+def test_what_torch_would_load_from_a_crooked_address_is_refused(monkeypatch):
+    reasons = as_on_a_gpu(monkeypatch, lambda *_, debug: True)
+    straight = make((1, 2, 3, 4, 40), torch.float16)
+    late = lying("late", torch.float16, "cpu")
+    wide = [torch.randn(1, 1, 3, 44, dtype=torch.float16)[..., :40]]
+    for name in ("sdpa", "sdpa:flash", "sdpa:efficient", "sdpa:cudnn"):
+        assert reasons(name, *straight) == []
+        assert [reason[:9] for reason in reasons(name, *late)] == ["q begins ", "k begins ", "v begins "]
+        (found,) = reasons(name, straight[0], wide[0], straight[2])
+        assert "k begins 0 bytes after a multiple of 16, strides (132, 132, 44, 1): needs" in found
+    assert reasons("sdpa:math", *late) == []
 
 
 def test_float64_is_the_references():
