@@ -35,8 +35,8 @@ class Specialisation:
         types = ",".join(f"{name}:{kind}" for name, kind in self.signature.items() if kind != "constexpr")
         constants = ",".join(f"{name}={value}" for name, value in self.constexprs.items())
         aligned = ",".join(str(index) for (index,) in self.attrs)
-        stages = f",stages={self.options['num_stages']}" if "num_stages" in self.options else ""
-        return f"{self.kernel.__name__}[{types};{constants};aligned={aligned};warps={self.options['num_warps']}{stages}]"
+        options = f"warps={self.options['num_warps']},stages={self.options.get('num_stages', 'default')}"
+        return f"{self.kernel.__name__}[{types};{constants};aligned={aligned};{options}]"
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,10 @@ from .device import (
     head_of,
     load_tile,
     part_columns,
+    product_over_chunks,
     product_over_head,
     row_dots,
+    row_dots_over_chunks,
     row_strides,
     scale_tile,
     store_tile,
@@ -30,16 +32,19 @@ from .device import (
 from .plan import RUNTIME_SIZES, empty_rows, head_constexprs, problem_of, stride_arguments, stride_unit
 from .short import backward_short_kernel
 from .tiles import (
-    MAX_SHORT_BACKWARD_HEAD,
-    MAX_SHORT_KEYS,
+    MAX_UNDIVIDED_BACKWARD,
     backward_tile,
+    chunk,
     head_parts,
     multiprocessors,
+    padded,
+    short_backward,
     short_backward_tile,
     slices,
+    whole_slice,
 )
 
-SUM_BLOCK = 1024
+SUM_BLOCK = 512
 SUM_WARPS = 4
 
 
@@ -85,6 +90,7 @@ def _backward_queries_kernel(
     MASK_PART: tl.constexpr,
     UNIT: tl.constexpr,
     PRECISION: tl.constexpr,
+    CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
     STEP: tl.constexpr,
     MASK_KEYS: tl.constexpr,
@@ -106,28 +112,37 @@ def _backward_queries_kernel(
     grad_q_ptr += (batch * grad_q_stride_b + head * grad_q_stride_h) * UNIT + first_column
     of_head = index.to(tl.int64) * queries
 
-    grad_o = load_tile(grad_o_ptr, row, grad_o_row, queries, D, SLICES, True, MASK_D)
-    o = load_tile(o_ptr, row, o_row, queries, D, SLICES, True, MASK_D)
-    delta = row_dots(o, grad_o)
+    if PARTS == 1:
+        q = load_tile(q_ptr, row, q_row, queries, D, SLICES, True, MASK_D)
+        grad_o = load_tile(grad_o_ptr, row, grad_o_row, queries, D, SLICES, True, MASK_D)
+        o = load_tile(o_ptr, row, o_row, queries, D, SLICES, True, MASK_D)
+        delta = row_dots(o, grad_o)
+    else:
+        delta = row_dots_over_chunks(o_ptr, o_row, grad_o_ptr, grad_o_row, row, queries, D, CHUNK)
     if part == 0:
         tl.store(delta_ptr + of_head + row, delta, mask=row < queries)
-    q = load_tile(q_ptr, row, q_row, queries, D, SLICES, True, MASK_D)
     lse = tl.load(lse_ptr + of_head + row, mask=row < queries, other=0.0) * LOG2_E
     scale_log2 = scale * LOG2_E
     grad_q = zero_tile(BLOCK, PART_SLICES)
     key = tl.arange(0, STEP)
     for first_key in range(0, keys, STEP):
         left = keys - first_key
-        k = load_tile(k_ptr + first_key * k_row, key, k_row, left, D, SLICES, MASK_KEYS, MASK_D)
-        weights = tl.exp2(product_over_head(q, k, PRECISION) * scale_log2 - lse[:, None])
+        k_step, v_step = k_ptr + first_key * k_row, v_ptr + first_key * v_row
+        if PARTS == 1:
+            k = load_tile(k_step, key, k_row, left, D, SLICES, MASK_KEYS, MASK_D)
+            v = load_tile(v_step, key, v_row, left, D, SLICES, MASK_KEYS, MASK_D)
+            logits = product_over_head(q, k, PRECISION)
+            grad_weights = product_over_head(grad_o, v, PRECISION)
+        else:
+            logits = product_over_chunks(q_ptr, row, q_row, queries, k_step, key, k_row, left, D, CHUNK, PRECISION)
+            grad_weights = product_over_chunks(
+                grad_o_ptr, row, grad_o_row, queries, v_step, key, v_row, left, D, CHUNK, PRECISION
+            )
+            k = load_tile(k_step + first_column, key, k_row, left, limit, PART_SLICES, MASK_KEYS, MASK_PART)
+        weights = tl.exp2(logits * scale_log2 - lse[:, None])
         if MASK_KEYS:
             weights = tl.where((key < left)[None, :], weights, 0.0)
-        v = load_tile(v_ptr + first_key * v_row, key, v_row, left, D, SLICES, MASK_KEYS, MASK_D)
-        grad_logits = weights * (product_over_head(grad_o, v, PRECISION) - delta[:, None])
-        if PARTS > 1:
-            k = load_tile(
-                k_ptr + first_key * k_row + first_column, key, k_row, left, limit, PART_SLICES, MASK_KEYS, MASK_PART
-            )
+        grad_logits = weights * (grad_weights - delta[:, None])
         grad_q = add_product(grad_q, grad_logits, k, PRECISION)
     grad_q = scale_tile(grad_q, scale)
     store_tile(grad_q_ptr, row, grad_q_row, queries, limit, grad_q, PART_SLICES, MASK_PART)
@@ -175,6 +190,7 @@ def _backward_keys_kernel(
     MASK_PART: tl.constexpr,
     UNIT: tl.constexpr,
     PRECISION: tl.constexpr,
+    CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
     STEP: tl.constexpr,
     MASK_QUERIES: tl.constexpr,
@@ -199,37 +215,35 @@ def _backward_keys_kernel(
     of_part = of_head + first_column
 
     # Keys beyond the last are rows of zeros, whose gradients stay in rows that nobody stores.
-    k = load_tile(k_ptr, key, k_row, keys, D, SLICES, True, MASK_D)
-    v = load_tile(v_ptr, key, v_row, keys, D, SLICES, True, MASK_D)
+    if PARTS == 1:
+        k = load_tile(k_ptr, key, k_row, keys, D, SLICES, True, MASK_D)
+        v = load_tile(v_ptr, key, v_row, keys, D, SLICES, True, MASK_D)
     scale_log2 = scale * LOG2_E
     grad_k = zero_tile(BLOCK, PART_SLICES)
     grad_v = zero_tile(BLOCK, PART_SLICES)
     row = tl.arange(0, STEP)
     for first_row in range(split * per_split, tl.minimum((split + 1) * per_split, queries), STEP):
         left = queries - first_row
-        q = load_tile(q_ptr + first_row * q_row, row, q_row, left, D, SLICES, MASK_QUERIES, MASK_D)
+        q_step, grad_o_step = q_ptr + first_row * q_row, grad_o_ptr + first_row * grad_o_row
         # exp(logit - inf) = 0: a query that does not exist adds nothing.
         lse = tl.load(lse_ptr + first_row + row, mask=row < left, other=float("inf")) * LOG2_E
         delta = tl.load(delta_ptr + first_row + row, mask=row < left, other=0.0)
-        weights = tl.exp2(product_over_head(k, q, PRECISION) * scale_log2 - lse[None, :])
-        grad_o = load_tile(
-            grad_o_ptr + first_row * grad_o_row, row, grad_o_row, left, D, SLICES, MASK_QUERIES, MASK_D
-        )
-        grad_logits = weights * (product_over_head(v, grad_o, PRECISION) - delta[None, :])
-        if PARTS > 1:
+        if PARTS == 1:
+            q = load_tile(q_step, row, q_row, left, D, SLICES, MASK_QUERIES, MASK_D)
+            grad_o = load_tile(grad_o_step, row, grad_o_row, left, D, SLICES, MASK_QUERIES, MASK_D)
+            logits = product_over_head(k, q, PRECISION)
+            grad_weights = product_over_head(v, grad_o, PRECISION)
+        else:
+            logits = product_over_chunks(k_ptr, key, k_row, keys, q_step, row, q_row, left, D, CHUNK, PRECISION)
+            grad_weights = product_over_chunks(
+                v_ptr, key, v_row, keys, grad_o_step, row, grad_o_row, left, D, CHUNK, PRECISION
+            )
+            q = load_tile(q_step + first_column, row, q_row, left, limit, PART_SLICES, MASK_QUERIES, MASK_PART)
             grad_o = load_tile(
-                grad_o_ptr + first_row * grad_o_row + first_column,
-                row,
-                grad_o_row,
-                left,
-                limit,
-                PART_SLICES,
-                MASK_QUERIES,
-                MASK_PART,
+                grad_o_step + first_column, row, grad_o_row, left, limit, PART_SLICES, MASK_QUERIES, MASK_PART
             )
-            q = load_tile(
-                q_ptr + first_row * q_row + first_column, row, q_row, left, limit, PART_SLICES, MASK_QUERIES, MASK_PART
-            )
+        weights = tl.exp2(logits * scale_log2 - lse[None, :])
+        grad_logits = weights * (grad_weights - delta[None, :])
         grad_v = add_product(grad_v, weights, grad_o, PRECISION)
         grad_k = add_product(grad_k, grad_logits, q, PRECISION)
     grad_k = scale_tile(grad_k, scale)
@@ -263,7 +277,7 @@ def plan_backward(
     """Allocate (grad_q, grad_k, grad_v) and plan the launches that fill them; `meta` tensors will do."""
     problem = problem_of(q, k)
     processors = multiprocessors(q.device)
-    short = problem.keys <= MAX_SHORT_KEYS and problem.head_dim <= MAX_SHORT_BACKWARD_HEAD
+    short = short_backward(problem)
     if short:
         tile = short_backward_tile(problem, processors)
     else:
@@ -293,50 +307,51 @@ def plan_backward(
         "per_split": tile.per_split,
         "scale": float(scale),
     }
-    constexprs = head_constexprs(problem.head_dim, unit, q.dtype) | {"STEP": tile.step}
-    constexprs["MASK_QUERIES"] = problem.queries % tile.step != 0
-    parts = head_parts(problem.head_dim).count
-    launches = []
+    parts = head_parts(problem.head_dim, MAX_UNDIVIDED_BACKWARD)
+    constexprs = head_constexprs(problem.head_dim, parts, unit, q.dtype) | {"CHUNK": chunk(problem)}
+    overhang = {"MASK_QUERIES": problem.queries % tile.step != 0}
     if short:
-        kernel, programs = backward_short_kernel, problem.heads * tile.splits
-        constexprs["KEYS"] = slices(problem.keys)
+        head = whole_slice(problem.head_dim)
+        of_short = {"SLICES": head, "MASK_D": padded(head) != problem.head_dim, "KEYS": slices(problem.keys)}
+        launches = [
+            Launch.of(
+                backward_short_kernel,
+                programs=problem.heads * tile.splits,
+                arguments=arguments,
+                constexprs=constexprs | of_short | overhang | {"STEP": tile.step},
+                num_warps=tile.num_warps,
+                num_stages=tile.num_stages,
+            )
+        ]
     else:
         arguments["delta_ptr"] = torch.empty_like(lse)
-        queries = backward_tile(problem.queries, problem.keys, problem, processors, split=False)
-        tiles = triton.cdiv(problem.queries, queries.block)
-        launches.append(
+        own = backward_tile(problem.queries, problem.keys, problem, processors, split=False)
+        query_tiles, key_tiles = triton.cdiv(problem.queries, own.block), triton.cdiv(problem.keys, tile.block)
+        launches = [
             Launch.of(
                 _backward_queries_kernel,
-                programs=problem.heads * parts * tiles,
-                arguments=arguments | {"tiles": tiles},
-                constexprs=head_constexprs(problem.head_dim, unit, q.dtype)
-                | {"BLOCK": queries.block, "STEP": queries.step, "MASK_KEYS": problem.keys % queries.step != 0},
-                num_warps=queries.num_warps,
-                num_stages=queries.num_stages,
-            )
-        )
-        kernel, tiles = _backward_keys_kernel, triton.cdiv(problem.keys, tile.block)
-        programs = problem.heads * tile.splits * parts * tiles
-        arguments["tiles"] = tiles
-        constexprs["BLOCK"] = tile.block
-    launches.append(
-        Launch.of(
-            kernel,
-            programs=programs,
-            arguments=arguments,
-            constexprs=constexprs,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-        )
-    )
+                programs=problem.heads * parts.count * query_tiles,
+                arguments=arguments | {"tiles": query_tiles},
+                constexprs=constexprs
+                | {"BLOCK": own.block, "STEP": own.step, "MASK_KEYS": problem.keys % own.step != 0},
+                num_warps=own.num_warps,
+                num_stages=own.num_stages,
+            ),
+            Launch.of(
+                _backward_keys_kernel,
+                programs=problem.heads * tile.splits * parts.count * key_tiles,
+                arguments=arguments | {"tiles": key_tiles},
+                constexprs=constexprs | overhang | {"BLOCK": tile.block, "STEP": tile.step},
+                num_warps=tile.num_warps,
+                num_stages=tile.num_stages,
+            ),
+        ]
     if tile.splits > 1:
         launches.append(_plan_sum(partial_k, partial_v, grad_k, grad_v))
     return launches, (grad_q, grad_k, grad_v)
 
 
-def _plan_sum(
-    partial_k: torch.Tensor, partial_v: torch.Tensor, grad_k: torch.Tensor, grad_v: torch.Tensor
-) -> Launch:
+def _plan_sum(partial_k: torch.Tensor, partial_v: torch.Tensor, grad_k: torch.Tensor, grad_v: torch.Tensor) -> Launch:
     size = grad_k.numel()
     return Launch.of(
         _sum_splits_kernel,

@@ -66,12 +66,55 @@ def row_dots(a, b):
 
 
 @triton.jit
+def _add_dot(a, b, accumulator, PRECISION: tl.constexpr):
+    """accumulator + a b; PRECISION as `plan.precision` says."""
+    if PRECISION == "upcast":
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+        total = tl.dot(a, b, accumulator, input_precision="ieee")
+    else:
+        total = tl.dot(a, b, accumulator, input_precision=PRECISION)
+    return total
+
+
+@triton.jit
 def product_over_head(a, b, PRECISION: tl.constexpr):
     """a b^T: (rows of a, rows of b)."""
-    product = tl.dot(a[0], tl.trans(b[0]), input_precision=PRECISION)
-    for i in tl.static_range(1, len(a)):
-        product = tl.dot(a[i], tl.trans(b[i]), product, input_precision=PRECISION)
+    product = tl.zeros((a[0].shape[0], b[0].shape[0]), tl.float32)
+    for i in tl.static_range(len(a)):
+        product = _add_dot(a[i], tl.trans(b[i]), product, PRECISION)
     return product
+
+
+@triton.jit
+def product_over_chunks(
+    a_ptr, a, a_row, a_end, b_ptr, b, b_row, b_end, D: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr
+):
+    """a b^T for rows `a` and `b` of two tensors, read a chunk of the head dimension at a time: for heads too wide to be
+    held."""
+    lane = tl.arange(0, CHUNK)[None, :]
+    product = tl.zeros((a.shape[0], b.shape[0]), tl.float32)
+    for first in range(0, D, CHUNK):
+        column = first + lane
+        in_head = column < D
+        of_a = tl.load(a_ptr + a[:, None] * a_row + column, mask=(a < a_end)[:, None] & in_head, other=0.0)
+        of_b = tl.load(b_ptr + b[:, None] * b_row + column, mask=(b < b_end)[:, None] & in_head, other=0.0)
+        product = _add_dot(of_a, tl.trans(of_b), product, PRECISION)
+    return product
+
+
+@triton.jit
+def row_dots_over_chunks(a_ptr, a_row, b_ptr, b_row, row, end, D: tl.constexpr, CHUNK: tl.constexpr):
+    """`row_dots` of the same rows of two tensors, read like `product_over_chunks`."""
+    lane = tl.arange(0, CHUNK)[None, :]
+    total = tl.zeros((row.shape[0],), tl.float32)
+    for first in range(0, D, CHUNK):
+        column = first + lane
+        mask = (row < end)[:, None] & (column < D)
+        of_a = tl.load(a_ptr + row[:, None] * a_row + column, mask=mask, other=0.0).to(tl.float32)
+        of_b = tl.load(b_ptr + row[:, None] * b_row + column, mask=mask, other=0.0).to(tl.float32)
+        total += tl.sum(of_a * of_b, axis=1)
+    return total
 
 
 @triton.jit
@@ -79,9 +122,7 @@ def add_product(accumulator, weights, tile, PRECISION: tl.constexpr):
     """accumulator + weights tile, the weights rounded to the tile's dtype as the tensor cores take them."""
     total = ()
     for i in tl.static_range(len(tile)):
-        total = total + (
-            tl.dot(weights.to(tile[i].dtype), tile[i], accumulator[i], input_precision=PRECISION),
-        )
+        total = total + (_add_dot(weights.to(tile[i].dtype), tile[i], accumulator[i], PRECISION),)
     return total
 
 

@@ -28,7 +28,16 @@ from .device import (
 )
 from .plan import RUNTIME_SIZES, empty_rows, head_constexprs, problem_of, stride_arguments, stride_unit
 from .short import forward_short_kernel
-from .tiles import MAX_SHORT_KEYS, Tile, forward_tile, head_parts, multiprocessors, short_forward_tile, slices
+from .tiles import (
+    MAX_UNDIVIDED_FORWARD,
+    Tile,
+    forward_tile,
+    head_parts,
+    multiprocessors,
+    short_forward,
+    short_forward_tile,
+    slices,
+)
 
 COMBINE_ROWS = 4
 COMBINE_WARPS = 4
@@ -162,7 +171,8 @@ def plan_forward(
     """Allocate (o, lse) and plan the launches that fill them; `meta` tensors will do."""
     problem = problem_of(q, k)
     processors = multiprocessors(q.device)
-    short = problem.keys <= MAX_SHORT_KEYS
+    short = short_forward(problem)
+    parts = head_parts(problem.head_dim, MAX_UNDIVIDED_FORWARD)
     tile = (short_forward_tile if short else forward_tile)(problem, processors)
     o = empty_rows(q)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
@@ -188,7 +198,7 @@ def plan_forward(
         "per_split": tile.per_split,
         "scale": float(scale),
     }
-    constexprs = head_constexprs(problem.head_dim, unit, q.dtype) | {"BLOCK": tile.block}
+    constexprs = head_constexprs(problem.head_dim, parts, unit, q.dtype) | {"BLOCK": tile.block}
     if short:
         kernel, constexprs["KEYS"] = forward_short_kernel, slices(problem.keys)
     else:
@@ -196,7 +206,7 @@ def plan_forward(
         constexprs |= {"STEP": tile.step, "MASK_KEYS": problem.keys % tile.step != 0}
     forward = Launch.of(
         kernel,
-        programs=tiles * head_parts(problem.head_dim).count * tile.splits * problem.heads,
+        programs=tiles * parts.count * tile.splits * problem.heads,
         arguments=arguments,
         constexprs=constexprs,
         num_warps=tile.num_warps,

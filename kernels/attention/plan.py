@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
+import triton
 
 from ..launch import Argument
-from .tiles import MAX_UNDIVIDED_HEAD, Problem, head_parts, padded, slices
+from .tiles import MAX_SLICED, HeadParts, Problem, padded, slices, whole_slice
 
 Arguments = dict[str, Argument]
 
@@ -55,10 +56,10 @@ def stride_arguments(unit: int, **tensors: torch.Tensor) -> Arguments:
     return arguments
 
 
-def head_constexprs(head_dim: int, unit: int, dtype: torch.dtype) -> dict[str, object]:
+def head_constexprs(head_dim: int, parts: HeadParts, unit: int, dtype: torch.dtype) -> dict[str, object]:
     """What every kernel is compiled for."""
-    parts = head_parts(head_dim)
-    whole, part = slices(head_dim), slices(parts.width)
+    whole = slices(head_dim)
+    part = slices(parts.width) if head_dim <= MAX_SLICED else whole_slice(parts.width)
     return {
         "D": head_dim,
         "SLICES": whole,
@@ -73,9 +74,9 @@ def head_constexprs(head_dim: int, unit: int, dtype: torch.dtype) -> dict[str, o
 
 
 def precision(dtype: torch.dtype) -> str:
-    """Of the tensor cores' operands. It says nothing about 16-bit ones."""
+    """Of the operands of a product, as `tl.dot` names it; it says nothing about 16-bit ones. "upcast": as float32, because
+    Triton's interpreter multiplies the bits of bfloat16 operands as integers.
+    """
+    if dtype == torch.bfloat16 and triton.knobs.runtime.interpret:
+        return "upcast"
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
-
-
-def divided(head_dim: int) -> bool:
-    return head_dim > MAX_UNDIVIDED_HEAD

@@ -1,8 +1,8 @@
 """Kernels of attention over so few keys that a program holds them all: the 77 tokens of a text.
 
-`KEYS` are slices of the keys as `SLICES` are of the head dimension: 77 keys are 64 + 16, not 128. The forward is a plain
-softmax, without a loop. The backward is one kernel: a block of queries meets every key, so its own gradient is complete
-when the block is done, while the gradients of k and v wait in registers for the next block.
+`KEYS` are slices of the keys as `SLICES` are of the head dimension: 77 keys are 64 + 16, not 128. The forward is a
+plain softmax, without a loop. The backward is one kernel: a block of queries meets every key, so its own gradient is
+complete when the block is done, while the gradients of k and v wait in registers for the next block.
 """
 
 import triton
@@ -188,9 +188,7 @@ def backward_short_kernel(
     for first_row in range(split * per_split, tl.minimum((split + 1) * per_split, queries), STEP):
         left = queries - first_row
         q = load_tile(q_ptr + first_row * q_row, row, q_row, left, D, SLICES, MASK_QUERIES, MASK_D)
-        grad_o = load_tile(
-            grad_o_ptr + first_row * grad_o_row, row, grad_o_row, left, D, SLICES, MASK_QUERIES, MASK_D
-        )
+        grad_o = load_tile(grad_o_ptr + first_row * grad_o_row, row, grad_o_row, left, D, SLICES, MASK_QUERIES, MASK_D)
         o = load_tile(o_ptr + first_row * o_row, row, o_row, left, D, SLICES, MASK_QUERIES, MASK_D)
         delta = row_dots(o, grad_o)[:, None]
         # exp(logit - inf) = 0: a query that does not exist adds nothing.

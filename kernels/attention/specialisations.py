@@ -7,7 +7,6 @@ unaligned memory. They go through the same plans as a call with data.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -28,7 +27,7 @@ class Probe:
     keys: int
     head_dim: int
     dtype: torch.dtype = torch.bfloat16
-    storage_offset: int = 0  # in elements: 1 makes every address unaligned
+    aligned: bool = True  # else tensors start one element late, and so does each row after the one before
 
     def launches(self) -> list[Launch]:
         q, grad_o = self._rows(self.queries), self._rows(self.queries)
@@ -38,9 +37,9 @@ class Probe:
         return forward + backward
 
     def _rows(self, rows: int) -> torch.Tensor:
-        shape = (self.batch, rows, self.heads, self.head_dim)
-        memory = torch.empty(math.prod(shape) + self.storage_offset, dtype=self.dtype, device="meta")
-        return memory[self.storage_offset :].view(shape).transpose(1, 2)
+        late = 0 if self.aligned else 1
+        memory = torch.empty(self.batch, rows, self.heads * self.head_dim + late, dtype=self.dtype, device="meta")
+        return memory[..., late:].unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2)
 
 
 def probes() -> Iterator[Probe]:
@@ -61,14 +60,16 @@ def probes() -> Iterator[Probe]:
     for dtype in (torch.bfloat16, torch.float32):
         yield Probe(16, 8, 1024, 1023, 128, dtype)
         yield Probe(16, 8, 1024, 1023, 256, dtype)
-        yield Probe(16, 8, 1023, 128, 160, dtype)
-        yield Probe(16, 8, 1024, 128, 512, dtype)
+    for keys, head_dim in ((128, 96), (112, 112), (128, 64), (48, 256)):
+        yield Probe(16, 8, 1023, keys, head_dim)
     for head_dim in (64, 160, 512):
         yield Probe(4, 2, 1024, 1024, head_dim, torch.float32)
     yield Probe(4, 2, 1024, 77, 64, torch.float32)
     # Nothing aligned.
-    yield Probe(1, 3, 197, 197, 24, torch.float16, storage_offset=1)
-    yield Probe(1, 3, 197, 77, 24, torch.float16, storage_offset=1)
+    for keys in (197, 77):
+        yield Probe(1, 3, 197, keys, 24, torch.float16, aligned=False)
+        yield Probe(16, 3, 1024, keys, 160, torch.float16, aligned=False)
+    yield Probe(1, 1, 1000, 1001, 512, torch.float16, aligned=False)
 
 
 def specialisations() -> list[Specialisation]:

@@ -16,10 +16,17 @@ Slices = tuple[tuple[int, int], ...]  # (first, width)
 
 SMALLEST_BLOCK = 16  # what the tensor cores take
 MAX_SLICES = 3
+MAX_SLICED = 256
 
-MAX_SHORT_KEYS = 128  # keys that are held at once
-MAX_SHORT_BACKWARD_HEAD = 160  # wider heads leave no registers for the gradients of all keys
-MAX_UNDIVIDED_HEAD = 256  # wider heads are computed in two parts, each of which takes the whole q k^T
+# Keys that are held at once, and their elements. Beyond, the kernels over many keys serve.
+MAX_SHORT_KEYS = 128
+MAX_SHORT_ELEMENTS = 80 * 160
+MAX_SHORT_BACKWARD_KEYS = 80
+MAX_SHORT_BACKWARD_HEAD = 64
+
+# Wider heads are computed in two parts by two programs, each of which takes the whole q k^T.
+MAX_UNDIVIDED_FORWARD = 256
+MAX_UNDIVIDED_BACKWARD = 160
 
 # What a program spends on the other side's tiles, in rows of its own: they are loaded whether it has 16 rows or 128.
 ROWS_OF_OVERHEAD = 64
@@ -31,7 +38,7 @@ TILES_PER_SPLIT = 8
 
 def slices(size: int) -> Slices:
     """`size` rounded up to a multiple of 16, as descending powers of two: 40 = 32 + 16, 77 -> 80 = 64 + 16,
-    160 = 128 + 32. One power of two where that takes more than three.
+    160 = 128 + 32. One power of two where that takes more than three, or where no known model has such a head.
     """
     rest = triton.cdiv(size, SMALLEST_BLOCK) * SMALLEST_BLOCK
     parts: list[tuple[int, int]] = []
@@ -39,7 +46,12 @@ def slices(size: int) -> Slices:
         width = 1 << (rest.bit_length() - 1)
         parts.append((sum(w for _, w in parts), width))
         rest -= width
-    return tuple(parts) if len(parts) <= MAX_SLICES else ((0, triton.next_power_of_2(size)),)
+    return tuple(parts) if len(parts) <= MAX_SLICES and size <= MAX_SLICED else whole_slice(size)
+
+
+def whole_slice(size: int) -> Slices:
+    """One power of two."""
+    return ((0, max(SMALLEST_BLOCK, triton.next_power_of_2(size))),)
 
 
 def padded(parts: Slices) -> int:
@@ -63,10 +75,29 @@ class HeadParts:
     width: int
 
 
-def head_parts(head_dim: int) -> HeadParts:
-    if head_dim <= MAX_UNDIVIDED_HEAD:
+def head_parts(head_dim: int, undivided: int) -> HeadParts:
+    if head_dim <= undivided:
         return HeadParts(1, head_dim)
     return HeadParts(2, triton.cdiv(head_dim, 16) * 8)
+
+
+def short_forward(problem: Problem) -> bool:
+    """Whether all keys are held at once. Not in float32, whose products hold both operands in registers and spill."""
+    elements = padded(slices(problem.keys)) * problem.head_dim
+    return problem.itemsize == 2 and problem.keys <= MAX_SHORT_KEYS and elements <= MAX_SHORT_ELEMENTS
+
+
+def short_backward(problem: Problem) -> bool:
+    return (
+        problem.itemsize == 2
+        and problem.keys <= MAX_SHORT_BACKWARD_KEYS
+        and problem.head_dim <= MAX_SHORT_BACKWARD_HEAD
+    )
+
+
+def chunk(problem: Problem) -> int:
+    """Columns of a wide head that the backward reads at a time."""
+    return 128 // problem.itemsize
 
 
 @dataclass(frozen=True)
@@ -117,67 +148,61 @@ def choose_splits(rows: int, step: int, programs: int, processors: int) -> tuple
 
 def forward_tile(problem: Problem, processors: int) -> Tile:
     """Own rows: queries; other side: keys."""
-    largest, step = _largest_forward(problem.head_dim, problem.itemsize)
-    groups = problem.heads * head_parts(problem.head_dim).count
+    largest, step = _forward_limits(problem)
+    groups = problem.heads * head_parts(problem.head_dim, MAX_UNDIVIDED_FORWARD).count
     block = choose_block(problem.queries, groups, largest, processors)
     programs = groups * triton.cdiv(problem.queries, block)
     splits, per_split = choose_splits(problem.keys, step, programs, processors)
-    return Tile(block, step, splits, per_split, _warps(block, problem), 2)
+    return Tile(block, step, splits, per_split, _forward_warps(block, problem), 2)
 
 
 def short_forward_tile(problem: Problem, processors: int) -> Tile:
     """All keys at once: one step."""
-    largest, _ = _largest_forward(problem.head_dim, problem.itemsize)
-    groups = problem.heads * head_parts(problem.head_dim).count
-    block = choose_block(problem.queries, groups, min(largest, 64), processors)
-    return Tile(block, problem.keys, 1, problem.keys, _warps(block, problem), 1)
+    block = choose_block(problem.queries, problem.heads, 64, processors)
+    return Tile(block, problem.keys, 1, problem.keys, _forward_warps(block, problem), 1)
 
 
 def backward_tile(rows: int, others: int, problem: Problem, processors: int, split: bool) -> Tile:
     """Own rows: queries for their gradient, keys for that of k and v; `split` allows more than one split."""
-    largest, step = _largest_backward(problem.head_dim, problem.itemsize)
-    groups = problem.heads * head_parts(problem.head_dim).count
+    largest, step, num_warps = _backward_limits(problem)
+    groups = problem.heads * head_parts(problem.head_dim, MAX_UNDIVIDED_BACKWARD).count
     block = choose_block(rows, groups, largest, processors)
     programs = groups * triton.cdiv(rows, block)
     splits, per_split = choose_splits(others, step, programs, processors) if split else (1, others)
-    return Tile(block, step, splits, per_split, _backward_warps(problem), _backward_stages(problem))
+    return Tile(block, step, splits, per_split, num_warps, 2)
 
 
 def short_backward_tile(problem: Problem, processors: int) -> Tile:
     """Own rows: all keys; other side: queries, split over as many programs as there are multiprocessors."""
-    step = 64 if problem.head_dim <= 64 and problem.itemsize == 2 else 32 if problem.itemsize == 2 else 16
+    step = 32
     steps = triton.cdiv(problem.queries, step)
     wanted = max(1, min(processors // problem.heads, steps))
     per_split = triton.cdiv(steps, wanted) * step
-    splits = triton.cdiv(problem.queries, per_split)
-    return Tile(problem.keys, step, splits, per_split, _backward_warps(problem), 1)
+    return Tile(problem.keys, step, triton.cdiv(problem.queries, per_split), per_split, 8, 1)
 
 
-def _largest_forward(head_dim: int, itemsize: int) -> tuple[int, int]:
-    """(block, step)"""
-    if itemsize == 4:
-        return (64, 32) if head_dim <= 64 else (32, 32) if head_dim <= 160 else (32, 16)
-    if head_dim <= 160:
-        return 128, 64
-    return (64, 64) if head_dim <= MAX_UNDIVIDED_HEAD else (64, 32)
-
-
-def _largest_backward(head_dim: int, itemsize: int) -> tuple[int, int]:
-    """(block, step)"""
-    if itemsize == 4:
-        return (32, 32) if head_dim <= 64 else (32, 16) if head_dim <= 160 else (16, 16)
+def _forward_limits(problem: Problem) -> tuple[int, int]:
+    """(largest block, step)"""
+    head_dim = problem.head_dim
+    if problem.itemsize == 4:
+        return (32, 32) if head_dim <= 160 else (32, 16)
     if head_dim <= 128:
-        return 64, 64
-    return (64, 32) if head_dim <= 160 else (32, 32)
+        return 128, 64
+    if head_dim <= 160:
+        return 128, 32
+    return 64, 32 if head_dim <= MAX_SLICED or head_dim == 512 else 16
 
 
-def _warps(block: int, problem: Problem) -> int:
-    return 8 if block * padded(slices(problem.head_dim)) > 64 * 64 else 4
+def _forward_warps(block: int, problem: Problem) -> int:
+    width = padded(slices(problem.head_dim))
+    return 8 if block * width * problem.itemsize > 64 * 64 * 2 else 4
 
 
-def _backward_warps(problem: Problem) -> int:
-    return 4 if problem.head_dim <= 64 else 8
-
-
-def _backward_stages(problem: Problem) -> int:
-    return 2 if problem.head_dim <= 160 else 1
+def _backward_limits(problem: Problem) -> tuple[int, int, int]:
+    """(largest block, step, warps)"""
+    head_dim = problem.head_dim
+    if problem.itemsize == 4:
+        return (32, 32, 4) if head_dim <= 64 else (32, 16, 8)
+    if head_dim <= 128:
+        return 64, 32, 4 if head_dim <= 64 else 8
+    return 64, 16, 8
