@@ -6,11 +6,12 @@ for the tiles that this package's Triton kernels would take on the device. Nothi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
+import torch
 import typer
-from fastdistill.kernels.attention import tiles
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -23,7 +24,6 @@ from .report import print_wide
 # (queries, keys) of a tile, and the head dims that libraries have kernels for: others are padded to the next.
 LIBRARY_TILES = ((128, 64), (128, 128), (64, 64))
 LIBRARY_HEAD_DIMS = (64, 96, 128, 192, 256)
-_ITEMSIZE = 2
 
 
 @dataclass(frozen=True)
@@ -59,21 +59,28 @@ def library_tiling(shape: tuple[int, ...], tile: tuple[int, int]) -> Tiling | No
     return Tiling(f"{tile[0]}x{tile[1]}", flops, heads * padded_queries // tile[0])
 
 
-def own_tiling(shape: tuple[int, ...], multiprocessors: int) -> Tiling:
-    """Of the Triton kernels, in 16 bit."""
+def own_tiling(shape: tuple[int, ...], multiprocessors: int) -> Tiling | None:
+    """Of the Triton kernels in 16 bit, from the plan of their launches. Without a GPU they are planned for one size of it:
+    None for any other."""
+    from fastdistill.kernels.attention.forward import plan_forward
+    from fastdistill.kernels.attention.tiles import multiprocessors as planned_for
+
+    if multiprocessors != planned_for(torch.device("meta")):
+        return None
     heads, queries, keys, width = shape
-    problem = tiles.Problem(heads, queries, keys, width, _ITEMSIZE)
-    short = keys <= tiles.MAX_SHORT_KEYS
-    tile = (tiles.short_forward_tile if short else tiles.forward_tile)(problem, multiprocessors)
-    parts = tiles.head_parts(width)
-    row_blocks = -(-queries // tile.block)
-    padded_keys = tiles.padded(tiles.slices(keys)) if short else -(-keys // tile.step) * tile.step
+    q, k = (torch.empty(1, heads, n, width, dtype=torch.bfloat16, device="meta") for n in (queries, keys))
+    launch = plan_forward(q, k, k, 1.0)[0][0]
+    of, splits = launch.constexprs, launch.arguments.get("splits", 1)
+    # All keys at once, or step by step.
+    step = _width(of["KEYS"]) if "KEYS" in of else of["STEP"]
     # Each part of a divided head takes the whole q kᵀ and its own columns of the second product.
-    widths = tiles.padded(tiles.slices(width)) + tiles.padded(tiles.slices(parts.width))
-    blocks = heads * parts.count * row_blocks
-    flops = 2 * blocks * tile.block * padded_keys * widths
-    name = f"{tile.block}x{padded_keys if short else tile.step}" + (f", {tile.splits} splits" * (tile.splits > 1))
-    return Tiling(name, flops, blocks * tile.splits)
+    widths = _width(of["SLICES"]) + _width(of["PART_SLICES"])
+    flops = 2 * launch.programs // splits * of["BLOCK"] * (-(-keys // step) * step) * widths
+    return Tiling(f"{of['BLOCK']}x{step}" + f", {splits} splits" * (splits > 1), flops, launch.programs)
+
+
+def _width(slices: Sequence[tuple[int, int]]) -> int:
+    return sum(width for _, width in slices)
 
 
 def table(device: devices.DeviceSpec) -> Table:
@@ -94,7 +101,7 @@ def table(device: devices.DeviceSpec) -> Table:
             else f"{each.useful(useful):.0f} % {each.blocks} {each.waves(device.multiprocessors):.2f}"
             for each in tilings
         ]
-        result.add_row(case.name, ",".join(case.suites), f"{useful / 1e9:.2f}", *cells, own.name)
+        result.add_row(case.name, ",".join(case.suites), f"{useful / 1e9:.2f}", *cells, own.name if own else "-")
     return result
 
 

@@ -12,7 +12,7 @@ from fastdistill.ops import BackendError, attention, attention_sdpa, explain
 from fastdistill.ops._dispatch import ops
 from fastdistill.ops.attention import _backward, _backward_fake, _forward, _forward_fake
 from tests.ops.accuracy import assert_close_to_exact
-from tests.ops.backends import DTYPES
+from tests.ops.backends import in_every_dtype, truncates
 
 BACKENDS = [
     pytest.param("reference", "cpu", id="reference"),
@@ -32,19 +32,6 @@ KERNELS = [b for b in BACKENDS if b.values[0] == "triton"]
 NOT_TORCHS_ON_GPU = [b for b in BACKENDS if b.values[1] == "cpu" or b.values[0] == "triton"]
 on_every_backend = pytest.mark.parametrize(("backend", "device"), BACKENDS)
 on_every_kernel = pytest.mark.parametrize(("backend", "device"), KERNELS)
-
-
-def in_dtypes(backends, *dtypes):
-    """Triton's interpreter multiplies matrices of bfloat16 as if their bits were integers: it cannot test them."""
-    return pytest.mark.parametrize(
-        ("backend", "device", "dtype"),
-        [
-            pytest.param(*backend.values, dtype, id=f"{backend.id}-{str(dtype)[6:]}", marks=backend.marks)
-            for backend in backends
-            for dtype in dtypes
-            if (backend.id, dtype) != ("triton-interpreted", torch.bfloat16)
-        ],
-    )
 
 
 # (B, H, N, M, D): the head dims of SD1.5, SD2.1, SDXL, ViT-S and the VAE, self and text attention, with few tokens; odd
@@ -113,7 +100,7 @@ def check_against_exact(backend, device, q, k, v, scale=None, grad_o=None):
     # A weight is exp(logit - log-sum-exp): each product, their sum, the log-sum-exp and the difference are rounded, and
     # a rounding of the last place of a logit changes the weight by that fraction.
     largest_logit = (narrow[0].double() @ narrow[1].double().mT).abs().max().item() * abs(scale or 0)
-    allowed = {"relative": 4 * largest_logit * 2**-24}
+    allowed = {"relative": 4 * largest_logit * 2**-24, "whole_ulp": truncates(backend, device, q.dtype)}
     assert_close_to_exact(o.cpu(), exact_o, torch_o, q.dtype, **allowed, what="o")
     for name, ours, exact_, torch_ in zip("qkv", grads, exact, torchs):
         assert ours.dtype == q.dtype
@@ -124,7 +111,8 @@ def check_against_exact(backend, device, q, k, v, scale=None, grad_o=None):
     return o
 
 
-@in_dtypes(BACKENDS, *DTYPES)
+@on_every_backend
+@in_every_dtype
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda v: "x".join(map(str, v)))
 def test_result_and_gradients_equal_float64(backend, device, shape, dtype):
     check_against_exact(backend, device, *make(shape, dtype, device))
@@ -147,7 +135,8 @@ def test_the_sites_of_the_models_equal_float64(backend, shape):
     check_against_exact(backend, "cuda", *make(shape, torch.bfloat16, "cuda"))
 
 
-@in_dtypes(BACKENDS, *DTYPES)
+@on_every_backend
+@in_every_dtype
 @pytest.mark.parametrize("shape", [(1, 2, 40, 77, 40), (1, 1, 70, 300, 64)], ids=["one tile", "several"])
 def test_large_logits_stay_finite_and_exact(backend, device, dtype, shape):
     q, k, v = make(shape, dtype, device)
@@ -247,7 +236,8 @@ STRIDES = [
 ]
 
 
-@in_dtypes(BACKENDS, torch.float32, torch.bfloat16)
+@on_every_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("how", STRIDES)
 def test_tensors_may_lie_in_any_strides(backend, device, how, dtype):
     check_against_exact(backend, device, *lying(how, dtype, device))
@@ -317,7 +307,8 @@ def test_only_the_tensors_and_the_log_sum_exp_are_saved(backend, device):
     ]
 
 
-@in_dtypes(KERNELS, *DTYPES)
+@on_every_kernel
+@in_every_dtype
 @pytest.mark.parametrize("keys", [77, 300])
 def test_the_log_sum_exp_is_the_natural_one_in_float32(backend, device, dtype, keys):
     q, k, v = make((1, 2, 20, keys, 40), dtype, device)
