@@ -60,8 +60,8 @@ def library_tiling(shape: tuple[int, ...], tile: tuple[int, int]) -> Tiling | No
 
 
 def own_tiling(shape: tuple[int, ...], multiprocessors: int) -> Tiling | None:
-    """Of the Triton kernels in 16 bit, from the plan of their launches. Without a GPU they are planned for one number of
-    multiprocessors: None for any other."""
+    """Of the Triton kernels in 16 bit, from the plan of their launches. Without a GPU they are planned for one number
+    of multiprocessors: None for any other."""
     from fastdistill.kernels.attention.forward import plan_forward
     from fastdistill.kernels.attention.tiles import multiprocessors as planned_for
 
