@@ -268,7 +268,11 @@ def main() -> None:
     setup(
         packages=packages,
         package_dir=package_dir,
-        package_data={"fastdistill": ["py.typed"], "fastdistill.models": ["bundled/**/*"]},
+        package_data={
+            "fastdistill": ["py.typed"],
+            "fastdistill.models": ["bundled/**/*"],
+            "fastdistill.ops": ["attention_tables/*.json"],
+        },
         ext_modules=[Extension("fastdistill._cpu", []), Extension("fastdistill._cuda", [])],
         cmdclass={"build_ext": build_libraries, "bdist_wheel": wheel_for_every_python},
         zip_safe=False,

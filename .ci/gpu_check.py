@@ -28,19 +28,23 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = ("build", "test", "sanitize", "bench")
 LIMITS = {"build": 600, "test": 1200, "sanitize": 300, "bench": 480}  # seconds; of each sanitizer tool its own
-PROVIDERS = "cuda,triton,torch,torch.other_layout,torch.compile,liger,flash_attn,quack"
+PROVIDERS = (
+    "cuda,triton,sdpa:cudnn,sdpa:flash,sdpa:efficient,torch,torch.other_layout,torch.compile,liger,flash_attn,quack"
+)
 BENCH = ["--mode", "all", "--dtype", "bfloat16,float32", "--providers", PROVIDERS, "--pairs", "50"]
 # What the dry run reckons with, in seconds: guesses, since only a GPU could tell.
 GUESSES = {"build": 60, "each gpu test": 1.0, "each sanitizer tool": 120}
 
-# Each op's CUDA kernels, forward and backward, in every layout, on a small site and on sizes that divide nothing.
+# Each op's CUDA kernels (Triton's where it has no others), forward and backward, in every layout, on a small site and
+# on sizes that divide nothing.
 KERNELS = """
 import torch
 from fastdistill.bench.benchmark import OPS, Case, load
 from fastdistill.bench.modes import MODES
-odd = {"group_norm_silu": (96, 7, 5), "layer_norm": (7, 321), "geglu": (7, 66)}
+odd = {"group_norm_silu": (96, 7, 5), "layer_norm": (7, 321), "geglu": (7, 66), "attention": (3, 7, 5, 40)}
 for op in map(load, OPS):
-    (provider,) = op.select_providers(["cuda"])
+    known = {provider.name: provider for provider in op.providers}
+    provider = known.get("cuda") or known["triton"]
     small = sorted(op.cases, key=lambda case: op.cost(case, torch.float32, "forward").bytes)[:3]
     for case in (*small, Case(odd[op.op], ())):
         for dtype in (torch.float32, torch.bfloat16):

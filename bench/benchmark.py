@@ -11,7 +11,7 @@ import torch
 from .roofline import Cost
 
 # The ops that have a file here. One op, one name: `fastdistill.bench.<op>` holds its BENCHMARK.
-OPS = ("group_norm_silu", "layer_norm", "geglu")
+OPS = ("group_norm_silu", "layer_norm", "geglu", "attention")
 
 
 class UnknownName(ValueError):
@@ -69,7 +69,8 @@ class Provider:
     `prepare(inputs)` returns the function to call with the op's arguments by name; it is asked once per row.
     `missing(inputs)` lists the reasons why it cannot be measured on them; empty means that it can. `adapt(inputs)`
     brings them into the form that it takes, before the clock runs. A `peer` is someone else's work: its error is shown,
-    but is not a failure of this package. `compiled`: what it dispatches is not what it runs. `note` goes into its rows.
+    but is not a failure of this package. `compiled`: what it dispatches is not what it runs. `note` goes into its rows,
+    and so does what `remark(inputs)` says of the inputs of a row.
     """
 
     name: str
@@ -79,6 +80,7 @@ class Provider:
     peer: bool = False
     compiled: bool = False
     note: str = ""
+    remark: Callable[[Inputs], str] = lambda _: ""
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,12 @@ def kernel_names(op: str) -> tuple[str, ...]:
 
 def _backend(op: str, function: Callable[..., object], record: _dispatch.Backend) -> Provider:
     def prepare(inputs: Inputs) -> Callable[..., object]:
-        # The first choice is called as users call it: the time it takes to choose is part of its time.
-        if explain(op, **inputs.tensors, **inputs.constants).backend == record.name:
+        # The first choice is called as users call it: the time it takes to choose is part of its time. Where that
+        # depends on the call (whether it needs a gradient, say), what is measured must be said.
+        if (
+            _dispatch.ops()[op].preferred is None
+            and explain(op, **inputs.tensors, **inputs.constants).backend == record.name
+        ):
             return function
         return functools.partial(function, backend=record.name)
 

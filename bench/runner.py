@@ -160,7 +160,7 @@ class _Measurement:
             errors,
             limit=s.spec and limit(s.benchmark.cost(self.case, self.dtype, self.mode), self.dtype, s.spec),
             usage=used,
-            note="; ".join(filter(None, (provider.note, note))),
+            note="; ".join(filter(None, (provider.note, provider.remark(self.inputs), note))),
         )
 
     def _prepare(self, provider: Provider) -> Callable[..., object]:

@@ -1,4 +1,4 @@
-"""The command `fastdistill`: info, generate, demo, bench, train.
+"""The command `fastdistill`: info, generate, demo, bench, tune, train.
 
 The roof of the house: each command imports its room when it is called, so that `--help` needs neither torch nor
 diffusers. Whatever a user can get wrong ends in one line on stderr and exit code 2; Ctrl-C in one line and 130.
@@ -268,6 +268,30 @@ _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_opti
 def bench(ctx: typer.Context) -> None:
     """Measure an op against PyTorch: `fastdistill bench --help` tells how."""
     _run_module("fastdistill.bench", ctx.args)
+
+
+@app.command()
+def tune(
+    op: Annotated[str, typer.Argument(metavar="OP", help="attention: the one op whose backends a table chooses.")],
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", show_default="the user's own table of the device, used from then on")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cuda, or cpu.")] = "cuda",
+    shapes: Annotated[str | None, typer.Option(show_default="all", help="Suites or sites of the benchmark.")] = None,
+    dtype: Annotated[str, typer.Option(help="A list of float32, float16, bfloat16.")] = "bfloat16,float16",
+    pairs: Annotated[int | None, typer.Option(min=1, show_default="30 or 100", help="Samples per backend.")] = None,
+) -> None:
+    """Measure the backends of an op on this device and write the table that chooses among them."""
+    if op != "attention":
+        raise ValueError(f"op {op!r}: no table chooses its backends; known: attention")
+    from fastdistill.bench.attention_tune import tune as measure
+
+    path, rows = measure(out, device, None if shapes is None else shapes.split(","), tuple(dtype.split(",")), pairs)
+    for row in rows:
+        if row.status in ("failed", "raised"):
+            why = row.missing or "its error exceeds the limit"
+            print(f"left out: {row.key.provider} at {row.key.case}, {row.key.dtype}, {row.key.mode}: {why}")
+    print(path)
 
 
 @app.command(context_settings=_PASS_ON, add_help_option=False)

@@ -35,7 +35,8 @@ class Specialisation:
         types = ",".join(f"{name}:{kind}" for name, kind in self.signature.items() if kind != "constexpr")
         constants = ",".join(f"{name}={value}" for name, value in self.constexprs.items())
         aligned = ",".join(str(index) for (index,) in self.attrs)
-        return f"{self.kernel.__name__}[{types};{constants};aligned={aligned};warps={self.options['num_warps']}]"
+        options = f"warps={self.options['num_warps']},stages={self.options.get('num_stages', 'default')}"
+        return f"{self.kernel.__name__}[{types};{constants};aligned={aligned};{options}]"
 
 
 @dataclass(frozen=True)
@@ -57,15 +58,19 @@ class Launch:
         arguments: Mapping[str, Argument],
         constexprs: Mapping[str, object],
         num_warps: int,
+        num_stages: int | None = None,
         maxnreg: int | None = None,
     ) -> Launch:
         """Take from `arguments` what the kernel names, so that the kernels of one plan can share one mapping.
 
+        num_stages: tiles of a loop's loads in flight; None leaves it to Triton.
         maxnreg: registers per thread at most; None leaves it to the assembler.
         """
         taken = {name: arguments[name] for name in kernel.arg_names if name not in constexprs}
         # Fusion is named although it is the default up to Triton 3.9: 3.10 turns it off unless asked.
         options = {"num_warps": num_warps, "enable_fp_fusion": True}
+        if num_stages is not None:
+            options["num_stages"] = num_stages
         if maxnreg is not None:
             options["maxnreg"] = maxnreg
         return cls(kernel, programs, taken, dict(constexprs), options)

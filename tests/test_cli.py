@@ -69,7 +69,7 @@ def pixels(path):
 def test_help_lists_the_commands(run):
     result = run("--help")
     assert result.exit_code == 0
-    for command in ("info", "generate", "demo", "bench", "train"):
+    for command in ("info", "generate", "demo", "bench", "tune", "train"):
         assert command in result.stdout
 
 
@@ -400,3 +400,17 @@ def test_written_files_have_ordinary_permissions(tmp_path):
 def test_checking_a_folder_creates_nothing(tmp_path):
     _output.check_folder(tmp_path / "a" / "b")
     assert files(tmp_path) == []
+
+
+def test_tune_measures_attention_and_names_the_table(run, monkeypatch, tmp_path):
+    from fastdistill.bench import attention_tune
+
+    calls = []
+    monkeypatch.setattr(attention_tune, "tune", lambda *options: calls.append(options) or (tmp_path / "t.json", []))
+    result = run("tune", "attention", "--device", "cpu", "--shapes", "sd15,vit", "--dtype", "float32", "--pairs", "3")
+    assert (result.exit_code, result.stdout) == (0, f"{tmp_path / 't.json'}\n")
+    assert calls == [(None, "cpu", ["sd15", "vit"], ("float32",), 3)]
+
+
+def test_tune_refuses_ops_that_no_table_chooses_for(run):
+    assert_refused(run("tune", "geglu"), "op 'geglu': no table chooses its backends; known: attention")

@@ -1,8 +1,17 @@
 """Drop-in modules over the fused ops, and `patch`, which puts them into a diffusers model."""
 
+from fastdistill.nn.attention import FusedAttnProcessor
 from fastdistill.nn.geglu import GEGLU
 from fastdistill.nn.group_norm_silu import GroupNormSiLU
 from fastdistill.nn.layer_norm import LayerNorm
 from fastdistill.nn.patch import PatchReport, patch, unpatch
 
-__all__ = ["GEGLU", "GroupNormSiLU", "LayerNorm", "PatchReport", "patch", "unpatch"]
+__all__ = [
+    "GEGLU",
+    "FusedAttnProcessor",
+    "GroupNormSiLU",
+    "LayerNorm",
+    "PatchReport",
+    "patch",
+    "unpatch",
+]

@@ -22,7 +22,7 @@ def why_not_residual(block) -> str | None:
 def why_not_direct(attention) -> str | None:
     """Why an `Attention` is not plain projections around scaled_dot_product_attention; None when it is."""
     processor = type(attention.processor).__name__
-    if processor != "AttnProcessor2_0":
+    if processor not in ("AttnProcessor2_0", "FusedAttnProcessor"):
         return f"its processor is {processor}"
     for extra in ("spatial_norm", "norm_q", "norm_k", "norm_cross", "add_k_proj"):
         if getattr(attention, extra, None) is not None:

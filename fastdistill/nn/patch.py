@@ -8,8 +8,11 @@ from dataclasses import dataclass
 
 import torch
 
-OPS = ("group_norm_silu", "layer_norm", "geglu")
+from fastdistill.nn.attention import FusedAttnProcessor
+
+OPS = ("group_norm_silu", "layer_norm", "geglu", "attention")
 _DEFERRED_NORM = "deferred_norm"
+_REPLACED_PROCESSOR = "replaced_processor"
 
 
 @dataclass(frozen=True)
@@ -27,14 +30,15 @@ class PatchReport:
 def patch(model: torch.nn.Module, ops: Iterable[str] = OPS, *, recompute: bool = False) -> PatchReport:
     """Let a model's modules run on the fused ops: the same numbers to rounding, in training and inference.
 
-    Modules change their class, nothing else: parameters (and an optimiser that holds them), state dict, hooks, modes
-    and names stay. A model that is patched already is restored first.
+    Modules change their class or their attention processor, nothing else: parameters (and an optimiser that holds
+    them), state dict, hooks, modes and names stay. A model that is patched already is restored first.
 
     Args:
         model: anything that holds diffusers' modules, such as `UNet2DConditionModel` or `AutoencoderKL`. Changed in
             place.
         ops: of "group_norm_silu" (residual blocks with their time embedding, output norms, norms in front of
-            attention), "layer_norm" (with the residual sum in front of it) and "geglu".
+            attention), "layer_norm" (with the residual sum in front of it), "geglu", and "attention" (by one
+            `FusedAttnProcessor`, in place of diffusers' plain processor alone).
         recompute: save less for the backward pass, and compute it again there: what a convolution or a linear layer
             needs of its input is recomputed from the input of the norm or GEGLU in front of it, which is saved anyway.
             Costs no matrix product.
@@ -53,6 +57,7 @@ def patch(model: torch.nn.Module, ops: Iterable[str] = OPS, *, recompute: bool =
     unpatch(model)
     changed: Counter[str] = Counter()
     left: Counter[str] = Counter()
+    processor = FusedAttnProcessor()
     for site in sites.find(model, ops, recompute):
         if site.reason:
             left[f"{site.what}: {site.reason}"] += 1
@@ -62,6 +67,9 @@ def patch(model: torch.nn.Module, ops: Iterable[str] = OPS, *, recompute: bool =
                 module.__class__ = patched
             for conv, norm in site.deferred_norms.items():
                 conv.__dict__[_DEFERRED_NORM] = norm  # not as a submodule: it keeps its place and its name
+            if site.attention is not None:
+                site.attention.__dict__[_REPLACED_PROCESSOR] = site.attention.processor
+                site.attention.processor = processor
     return PatchReport(dict(changed), dict(left))
 
 
@@ -69,6 +77,10 @@ def unpatch(model: torch.nn.Module) -> int:
     """Give every module that `patch` changed its own class back; returns how many there were."""
     count = 0
     for module in model.modules():
+        processor = module.__dict__.pop(_REPLACED_PROCESSOR, None)
+        if processor is not None and isinstance(module.processor, FusedAttnProcessor):  # not somebody's later choice
+            module.processor = processor
+            count += 1
         replaced = getattr(type(module), "replaces", None)
         if replaced is not None:
             module.__class__ = replaced

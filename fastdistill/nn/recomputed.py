@@ -12,6 +12,7 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastdistill.nn.attention import FusedAttnProcessor
 from fastdistill.nn.known_blocks import why_not_direct
 from fastdistill.nn.patched import (
     PatchedGEGLU,
@@ -22,6 +23,7 @@ from fastdistill.nn.patched import (
     PatchedTransformerBlock,
 )
 from fastdistill.nn.recompute import geglu_linear, group_norm_silu_conv2d, layer_norm_linears
+from fastdistill.ops import attention as fused_attention
 
 
 def is_plain(module: torch.nn.Module, kind: type) -> bool:
@@ -171,5 +173,6 @@ def _norm_linears(norm: PatchedLayerNorm, x: Tensor, layers: tuple, residual: Te
 def _attend(attention: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """From (B, N, heads * D) each to what `Attention` returns."""
     q, k, v = (t.unflatten(-1, (attention.heads, -1)).transpose(1, 2) for t in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    attend = fused_attention if isinstance(attention.processor, FusedAttnProcessor) else F.scaled_dot_product_attention
+    out = attend(q, k, v).transpose(1, 2).flatten(2)
     return attention.to_out[1](attention.to_out[0](out))

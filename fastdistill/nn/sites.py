@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 import torch
 from diffusers.models.activations import GEGLU
 from diffusers.models.attention import BasicTransformerBlock, FeedForward
+from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 
 from fastdistill.nn import patched, recomputed
-from fastdistill.nn.known_blocks import why_not_residual
+from fastdistill.nn.known_blocks import why_not_direct, why_not_residual
 
 
 @dataclass(frozen=True)
@@ -20,12 +21,14 @@ class Site:
     """Modules that change together, and the class that each becomes; or the `reason` why they stay.
 
     deferred_norms: to each convolution the norm in front of it that it is to apply.
+    attention: a module whose processor changes.
     """
 
     what: str
     classes: dict[torch.nn.Module, type] = field(default_factory=dict)
     reason: str | None = None
     deferred_norms: dict[torch.nn.Module, torch.nn.Module] = field(default_factory=dict)
+    attention: torch.nn.Module | None = None
 
 
 def find(model: torch.nn.Module, ops: tuple[str, ...], recompute: bool) -> Iterator[Site]:
@@ -131,8 +134,20 @@ def _geglu(model: torch.nn.Module, recompute: bool) -> Iterator[Site]:
             yield Site("GEGLU", {} if reason else {module: patched.PatchedGEGLU}, reason)
 
 
+def _attention(model: torch.nn.Module, recompute: bool) -> Iterator[Site]:
+    for module in model.modules():
+        if isinstance(module, Attention):
+            reason = _replaced(module) or why_not_direct(module)
+            yield Site("attention", reason=reason, attention=None if reason else module)
+
+
 def _replaced(module: torch.nn.Module) -> str | None:
     return "its forward was replaced by somebody else" if "forward" in module.__dict__ else None
 
 
-_SEARCHES = {"group_norm_silu": _group_norm_silu, "layer_norm": _layer_norm, "geglu": _geglu}
+_SEARCHES = {
+    "group_norm_silu": _group_norm_silu,
+    "layer_norm": _layer_norm,
+    "geglu": _geglu,
+    "attention": _attention,
+}

@@ -4,7 +4,7 @@ messages, `explain`, the tests and `fastdistill info`."""
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 REFERENCE = "reference"
@@ -29,12 +29,18 @@ class Backend:
 @dataclass(frozen=True)
 class Op:
     """An op: its name, the check of its arguments (raises), its backends in order of preference, and what its first
-    argument is called, the tensor whose device decides."""
+    argument is called, the tensor whose device decides.
+
+    `preferred(*args, **kwargs)`: names of backends to be tried before that order, where the best one depends on the
+    call. `notes(*args, **kwargs)`: what `explain` adds, by the name of a backend, or "choice" for why one is preferred.
+    """
 
     name: str
     check: Callable[..., None]
     backends: tuple[Backend, ...]
     tensor: str = "x"
+    preferred: Callable[..., Sequence[str]] | None = None
+    notes: Callable[..., dict[str, str]] | None = None
 
     def backend(self, name: str) -> Backend:
         for candidate in self.backends:
@@ -46,19 +52,27 @@ class Op:
 
 @dataclass(frozen=True)
 class Explanation:
-    """Which backend serves a call (`backend`), and per backend the reasons why it cannot (empty: it could)."""
+    """Which backend serves a call (`backend`), and per backend the reasons why it cannot (empty: it could). `notes`:
+    what else is known of a backend, and under "choice" why one is preferred."""
 
     op: str
     backend: str
     reasons: dict[str, list[str]] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        lines = [f"{self.op}: served by {self.backend}"]
+        lines = [f"{self.op}: served by {self.backend}{self._note(self.backend)}"]
+        if "choice" in self.notes:
+            lines.append(f"  choice: {self.notes['choice']}")
         for name, reasons in self.reasons.items():
             if name == self.backend:
                 continue
-            lines.append(f"  {name}: {'; '.join(reasons) if reasons else 'could serve, not preferred'}")
+            state = "; ".join(reasons) if reasons else "could serve, not preferred"
+            lines.append(f"  {name}: {state}{self._note(name)}")
         return "\n".join(lines)
+
+    def _note(self, name: str) -> str:
+        return f" ({self.notes[name]})" if name in self.notes else ""
 
 
 def constant(function):
@@ -113,7 +127,10 @@ def select(op: Op, backend: str | None, *args, **kwargs) -> str:
             raise BackendError(f"{op.name}: backend {name!r} cannot serve this call: {'; '.join(reasons)}")
         return name
     device = (args[0] if args else kwargs[op.tensor]).device.type
-    for candidate in op.backends:
+    candidates = op.backends
+    if op.preferred is not None:
+        candidates = (*(op.backend(name) for name in op.preferred(*args, **kwargs)), *candidates)
+    for candidate in candidates:
         # Asking only the device's own backends halves what a call costs in Python.
         if candidate.device in (None, device) and not candidate.supports(*args, **kwargs):
             return candidate.name
@@ -121,7 +138,8 @@ def select(op: Op, backend: str | None, *args, **kwargs) -> str:
 
 
 def _explanation(op: Op, chosen: str, args: tuple, kwargs: dict) -> Explanation:
-    return Explanation(op.name, chosen, {b.name: b.supports(*args, **kwargs) for b in op.backends})
+    reasons = {b.name: b.supports(*args, **kwargs) for b in op.backends}
+    return Explanation(op.name, chosen, reasons, op.notes(*args, **kwargs) if op.notes else {})
 
 
 def explain(op: str, *args, backend: str | None = None, **kwargs) -> Explanation:

@@ -22,7 +22,10 @@ def run(*arguments):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["group_norm"], "unknown op 'group_norm'; known: group_norm_silu, layer_norm, geglu, engine, training"),
+        (
+            ["group_norm"],
+            "unknown op 'group_norm'; known: group_norm_silu, layer_norm, geglu, attention, engine",
+        ),
         (["--shapes", "sd3"], "unknown shape 'sd3' of group_norm_silu; known suites: unet, sd15"),
         (["--dtype", "float32,float8"], "--dtype: unknown 'float8'; known: float32, float16, bfloat16, all"),
         (["--layout", "nhwc"], "--layout: unknown 'nhwc'; known: contiguous, channels_last, all"),

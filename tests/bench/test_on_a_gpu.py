@@ -59,7 +59,8 @@ def test_the_devices_limits_are_measured():
 
 @pytest.mark.parametrize("mode", ["forward", "backward", "full"])
 @pytest.mark.parametrize(
-    ("op", "shape"), [("group_norm_silu", "1280x8x8"), ("layer_norm", "64x1280"), ("geglu", "64x10240")]
+    ("op", "shape"),
+    [("group_norm_silu", "1280x8x8"), ("layer_norm", "64x1280"), ("geglu", "64x10240"), ("attention", "8x64x77x160")],
 )
 def test_every_op_is_recorded_cold_and_hot_and_called_eagerly(tmp_path, op, shape, mode):
     options = ["--device", "cuda", "--shapes", shape, "--dtype", "bfloat16", "--mode", mode, "--pairs", "5"]
@@ -68,7 +69,8 @@ def test_every_op_is_recorded_cold_and_hot_and_called_eagerly(tmp_path, op, shap
     found = [row for row, _ in rows.read_jsonl(tmp_path / rows.RESULTS)]
     for row in found:
         assert row.status == "ok", row
-        assert (row.speed.how, row.note) == ("events" if row.key.cache == "eager" else "graph", "")
+        assert row.speed.how == ("events" if row.key.cache == "eager" else "graph")
+        assert "not" not in row.note
         assert row.usage.peak_bytes > 0
         assert row.key.cache == "eager" or row.usage.launches >= 1
     assert {row.key.cache for row in found} == {"cold", "hot", "eager"}

@@ -73,7 +73,7 @@ def assert_same_numbers(ours, exact, torchs):
     """Of each tensor the error is at most that of the plain model in the same dtype, four times over.
 
     Errors are lengths, over all values of a tensor: of a few values in a row of some fifty roundings one error is large
-    by chance. So is that of a small tensor as a whole, and the plain model's error over all tensors is allowed beside it.
+    by chance. So is that of a small tensor as a whole, so the plain model's error over all is allowed beside it.
     """
 
     def error(name, found):
@@ -151,8 +151,10 @@ def test_only_the_ops_asked_for_are_used():
 
 def test_unknown_ops_and_things_that_are_no_model_are_refused():
     model = sd_unet()
-    with pytest.raises(ValueError, match="ops: unknown op 'attention'; known: group_norm_silu, layer_norm, geglu"):
-        patch(model, ["geglu", "attention"])
+    with pytest.raises(
+        ValueError, match="ops: unknown op 'convolution'; known: group_norm_silu, layer_norm, geglu, attention"
+    ):
+        patch(model, ["geglu", "convolution"])
     assert unpatch(model) == 0
     with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module, got str"):
         patch("sd15")
