@@ -127,6 +127,12 @@ def add_product(accumulator, weights, tile, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def recompute_weights(product, scale, lse):
+    """exp(scale product - lse). The difference comes first: large logits lose no more than lse has lost."""
+    return tl.exp2((product * scale - lse) * LOG2_E)
+
+
+@triton.jit
 def head_of(index, heads):
     """(batch, head) of a flat index, as int64: every offset that is made of them is."""
     index = index.to(tl.int64)

@@ -169,7 +169,7 @@ def plan_forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
 ) -> tuple[list[Launch], tuple[torch.Tensor, torch.Tensor]]:
     """Allocate (o, lse) and plan the launches that fill them; `meta` tensors will do."""
-    problem = problem_of(q, k)
+    problem = problem_of(q, k, v)
     processors = multiprocessors(q.device)
     short = short_forward(problem)
     parts = head_parts(problem.head_dim, MAX_UNDIVIDED_FORWARD)

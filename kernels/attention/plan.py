@@ -25,9 +25,12 @@ RUNTIME_SIZES = [
 ]
 
 
-def problem_of(q: torch.Tensor, k: torch.Tensor) -> Problem:
+def problem_of(q: torch.Tensor, k: torch.Tensor, *others: torch.Tensor) -> Problem:
+    """others: every other input."""
     batch, heads, queries, head_dim = q.shape
-    return Problem(batch * heads, queries, k.shape[2], head_dim, q.element_size())
+    inputs = (q, k, *others)
+    aligned = stride_unit(*inputs) == 8 and all(t.data_ptr() % 16 == 0 for t in inputs)
+    return Problem(batch * heads, queries, k.shape[2], head_dim, q.element_size(), aligned)
 
 
 def empty_rows(like: torch.Tensor, splits: int = 1) -> torch.Tensor:

@@ -65,6 +65,7 @@ class Problem:
     keys: int
     head_dim: int
     itemsize: int
+    aligned: bool = True  # whether 16 bytes can be moved at once; if not, addresses fill registers
 
 
 @dataclass(frozen=True)
@@ -83,13 +84,16 @@ def head_parts(head_dim: int, undivided: int) -> HeadParts:
 
 def short_forward(problem: Problem) -> bool:
     """Whether all keys are held at once. Not in float32, whose products hold both operands in registers and spill."""
+    if problem.itemsize != 2 or not problem.aligned:
+        return False
     elements = padded(slices(problem.keys)) * problem.head_dim
-    return problem.itemsize == 2 and problem.keys <= MAX_SHORT_KEYS and elements <= MAX_SHORT_ELEMENTS
+    return problem.keys <= MAX_SHORT_KEYS and elements <= MAX_SHORT_ELEMENTS
 
 
 def short_backward(problem: Problem) -> bool:
     return (
         problem.itemsize == 2
+        and problem.aligned
         and problem.keys <= MAX_SHORT_BACKWARD_KEYS
         and problem.head_dim <= MAX_SHORT_BACKWARD_HEAD
     )
@@ -186,6 +190,8 @@ def _forward_limits(problem: Problem) -> tuple[int, int]:
     head_dim = problem.head_dim
     if problem.itemsize == 4:
         return (32, 32) if head_dim <= 160 else (32, 16)
+    if not problem.aligned:
+        return 32, 16
     if head_dim <= 128:
         return 128, 64
     if head_dim <= 160:
@@ -203,6 +209,8 @@ def _backward_limits(problem: Problem) -> tuple[int, int, int]:
     head_dim = problem.head_dim
     if problem.itemsize == 4:
         return (32, 32, 4) if head_dim <= 64 else (32, 16, 8)
+    if not problem.aligned:
+        return 32, 16, 8
     if head_dim <= 128:
         return 64, 32, 4 if head_dim <= 64 else 8
     return 64, 16, 8
