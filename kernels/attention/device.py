@@ -5,6 +5,8 @@ blocks are powers of two, head dimensions are not. `SLICES` is a tuple of (first
 may hang over the head dimension.
 """
 
+# ruff: noqa: RUF005 - Triton's language has no starred tuples
+
 import triton
 import triton.language as tl
 

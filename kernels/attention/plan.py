@@ -77,8 +77,8 @@ def head_constexprs(head_dim: int, parts: HeadParts, unit: int, dtype: torch.dty
 
 
 def precision(dtype: torch.dtype) -> str:
-    """Of the operands of a product, as `tl.dot` names it; it says nothing about 16-bit ones. "upcast": as float32, because
-    Triton's interpreter multiplies the bits of bfloat16 operands as integers.
+    """Of the operands of a product, as `tl.dot` names it; it says nothing about 16-bit ones. "upcast": as float32,
+    because Triton's interpreter multiplies the bits of bfloat16 operands as integers.
     """
     if dtype == torch.bfloat16 and triton.knobs.runtime.interpret:
         return "upcast"

@@ -5,6 +5,8 @@ plain softmax, without a loop. The backward is one kernel: a block of queries me
 complete when the block is done, while the gradients of k and v wait in registers for the next block.
 """
 
+# ruff: noqa: RUF005 - Triton's language has no starred tuples
+
 import triton
 import triton.language as tl
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from fastdistill.kernels.attention.specialisations import Probe, specialisations
+from fastdistill.kernels.attention.specialisations import Probe, probes, specialisations
 from fastdistill.kernels.compile import compile_for
 from fastdistill.kernels.launch import unique_specialisations
 
@@ -36,6 +36,11 @@ def launched(probe):
 
 def test_the_probes_reach_every_kernel(versions):
     assert sorted(versions) == sorted(KERNELS)
+
+
+def test_every_launch_passes_exactly_what_its_kernel_takes():
+    for launch in (launch for probe in probes() for launch in probe.launches()):
+        assert set(launch.arguments) | set(launch.constexprs) == set(launch.kernel.arg_names), launch.kernel.__name__
 
 
 @pytest.mark.compiler

@@ -83,8 +83,8 @@ def is_rows_first(t):
 @pytest.mark.parametrize(
     ("queries", "keys", "head_dim", "dtype"),
     [
-        (18, 77, 40, torch.float32),
-        (19, 50, 24, torch.float16),
+        (18, 49, 40, torch.float32),
+        (17, 40, 24, torch.float16),
         (17, 1, 8, torch.float32),
         (1, 47, 80, torch.bfloat16),
     ],
@@ -132,7 +132,7 @@ def test_large_logits_stay_finite_and_cost_what_lse_costs(regime, dtype, sign):
 
 
 def test_packed_and_transposed_inputs_are_read_in_place(regime):
-    batch, heads, rows, head_dim = 2, 3, 21, 40
+    batch, heads, rows, head_dim = 2, 2, 18, 24
     packed = torch.full((batch, rows, 3 * heads * head_dim + 8), float("nan"))
     values = torch.randn(batch, rows, 3 * heads * head_dim)
     packed[..., : 3 * heads * head_dim] = values
@@ -142,9 +142,9 @@ def test_packed_and_transposed_inputs_are_read_in_place(regime):
 
 
 def test_unaligned_and_expanded_inputs_are_read_in_place(regime):
-    q = torch.randn(2, 2, 19, 25)[..., 1:]
-    k, v = (torch.randn(1, 1, 35, 24).expand(2, 2, 35, 24) for _ in range(2))
-    grad_o = torch.randn(24).expand(2, 2, 19, 24)
+    q = torch.randn(1, 2, 19, 25)[..., 1:]
+    k, v = (torch.randn(1, 1, 35, 24).expand(1, 2, 35, 24) for _ in range(2))
+    grad_o = torch.randn(24).expand(1, 2, 19, 24)
     check(q, k, v, grad_o)
 
 

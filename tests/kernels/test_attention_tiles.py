@@ -88,7 +88,7 @@ def test_every_split_of_every_plan_has_rows_and_none_is_left_over(problem, proce
     for tile in (forward, keys):
         assert power_of_two(tile.block)
         assert power_of_two(tile.step)
-        assert 16 <= tile.step
+        assert tile.step >= 16
         assert 16 <= tile.block <= 128
 
 
