@@ -32,10 +32,9 @@ from .device import (
 from .plan import RUNTIME_SIZES, empty_rows, head_constexprs, problem_of, stride_arguments, stride_unit
 from .short import backward_short_kernel
 from .tiles import (
-    MAX_UNDIVIDED_BACKWARD,
+    backward_parts,
     backward_tile,
     chunk,
-    head_parts,
     multiprocessors,
     padded,
     short_backward,
@@ -305,8 +304,8 @@ def plan_backward(
         "per_split": tile.per_split,
         "scale": float(scale),
     }
-    parts = head_parts(problem.head_dim, MAX_UNDIVIDED_BACKWARD)
-    constexprs = head_constexprs(problem.head_dim, parts, unit, q.dtype) | {"CHUNK": chunk(problem)}
+    parts = backward_parts(problem)
+    constexprs = head_constexprs(problem, parts, unit, q.dtype) | {"CHUNK": chunk(problem)}
     overhang = {"MASK_QUERIES": problem.queries % tile.step != 0}
     if short:
         head = whole_slice(problem.head_dim)

@@ -59,10 +59,11 @@ def stride_arguments(unit: int, **tensors: torch.Tensor) -> Arguments:
     return arguments
 
 
-def head_constexprs(head_dim: int, parts: HeadParts, unit: int, dtype: torch.dtype) -> dict[str, object]:
+def head_constexprs(problem: Problem, parts: HeadParts, unit: int, dtype: torch.dtype) -> dict[str, object]:
     """What every kernel is compiled for."""
-    whole = slices(head_dim)
-    part = slices(parts.width) if head_dim <= MAX_SLICED else whole_slice(parts.width)
+    head_dim = problem.head_dim
+    sliced = problem.aligned and head_dim <= MAX_SLICED
+    whole, part = map(slices if sliced else whole_slice, (head_dim, parts.width))
     return {
         "D": head_dim,
         "SLICES": whole,

@@ -69,7 +69,8 @@ def probes() -> Iterator[Probe]:
     for keys in (197, 77):
         yield Probe(1, 3, 197, keys, 24, torch.float16, aligned=False)
         yield Probe(16, 3, 1024, keys, 160, torch.float16, aligned=False)
-    yield Probe(1, 1, 1000, 1001, 512, torch.float16, aligned=False)
+    for head_dim in (64, 96, 512):
+        yield Probe(16, 1, 1000, 1001, head_dim, torch.float16, aligned=False)
 
 
 def specialisations() -> list[Specialisation]:

@@ -27,6 +27,7 @@ MAX_SHORT_BACKWARD_HEAD = 64
 # Wider heads are computed in two parts by two programs, each of which takes the whole q k^T.
 MAX_UNDIVIDED_FORWARD = 256
 MAX_UNDIVIDED_BACKWARD = 160
+MAX_UNDIVIDED_UNALIGNED = 64  # in the backward, where addresses take registers
 
 # What a program spends on the other side's tiles, in rows of its own: they are loaded whether it has 16 rows or 128.
 ROWS_OF_OVERHEAD = 64
@@ -80,6 +81,14 @@ def head_parts(head_dim: int, undivided: int) -> HeadParts:
     if head_dim <= undivided:
         return HeadParts(1, head_dim)
     return HeadParts(2, triton.cdiv(head_dim, 16) * 8)
+
+
+def forward_parts(problem: Problem) -> HeadParts:
+    return head_parts(problem.head_dim, MAX_UNDIVIDED_FORWARD)
+
+
+def backward_parts(problem: Problem) -> HeadParts:
+    return head_parts(problem.head_dim, MAX_UNDIVIDED_BACKWARD if problem.aligned else MAX_UNDIVIDED_UNALIGNED)
 
 
 def short_forward(problem: Problem) -> bool:
@@ -153,7 +162,7 @@ def choose_splits(rows: int, step: int, programs: int, processors: int) -> tuple
 def forward_tile(problem: Problem, processors: int) -> Tile:
     """Own rows: queries; other side: keys."""
     largest, step = _forward_limits(problem)
-    groups = problem.heads * head_parts(problem.head_dim, MAX_UNDIVIDED_FORWARD).count
+    groups = problem.heads * forward_parts(problem).count
     block = choose_block(problem.queries, groups, largest, processors)
     programs = groups * triton.cdiv(problem.queries, block)
     splits, per_split = choose_splits(problem.keys, step, programs, processors)
@@ -169,7 +178,7 @@ def short_forward_tile(problem: Problem, processors: int) -> Tile:
 def backward_tile(rows: int, others: int, problem: Problem, processors: int, split: bool) -> Tile:
     """Own rows: queries for their gradient, keys for that of k and v; `split` allows more than one split."""
     largest, step, num_warps = _backward_limits(problem)
-    groups = problem.heads * head_parts(problem.head_dim, MAX_UNDIVIDED_BACKWARD).count
+    groups = problem.heads * backward_parts(problem).count
     block = choose_block(rows, groups, largest, processors)
     programs = groups * triton.cdiv(rows, block)
     splits, per_split = choose_splits(others, step, programs, processors) if split else (1, others)

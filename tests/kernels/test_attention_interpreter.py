@@ -32,8 +32,8 @@ def regime(request, monkeypatch):
     else:
         monkeypatch.setattr(tiles, "TILES_PER_SPLIT", 1000)
     if "parts" in request.param:
-        for module, limit in ((tiles, "FORWARD"), (forward, "FORWARD"), (tiles, "BACKWARD"), (backward, "BACKWARD")):
-            monkeypatch.setattr(module, f"MAX_UNDIVIDED_{limit}", 16)
+        for limit in ("FORWARD", "BACKWARD", "UNALIGNED"):
+            monkeypatch.setattr(tiles, f"MAX_UNDIVIDED_{limit}", 16)
         monkeypatch.setattr(backward, "chunk", lambda problem: 16)
     return request.param
 
