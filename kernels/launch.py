@@ -61,7 +61,7 @@ class Launch:
         num_stages: int | None = None,
         maxnreg: int | None = None,
     ) -> Launch:
-        """Take from `arguments` what the kernel names, so that the kernels of one plan can share one mapping.
+        """Take from `arguments` and `constexprs` what the kernel names, so that the kernels of one plan can share both.
 
         num_stages: tiles of a loop's loads in flight; None leaves it to Triton.
         maxnreg: registers per thread at most; None leaves it to the assembler.
@@ -73,7 +73,8 @@ class Launch:
             options["num_stages"] = num_stages
         if maxnreg is not None:
             options["maxnreg"] = maxnreg
-        return cls(kernel, programs, taken, dict(constexprs), options)
+        compiled_in = {name: value for name, value in constexprs.items() if name in kernel.arg_names}
+        return cls(kernel, programs, taken, compiled_in, options)
 
     def run(self) -> None:
         """Launch on the current stream of the current device; see `run_all`."""

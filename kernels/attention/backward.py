@@ -15,13 +15,13 @@ import triton.language as tl
 
 from ..launch import Launch
 from .device import (
-    LOG2_E,
     add_product,
     head_of,
     load_tile,
     part_columns,
     product_over_chunks,
     product_over_head,
+    recompute_weights,
     row_dots,
     row_dots_over_chunks,
     row_strides,
@@ -32,10 +32,9 @@ from .device import (
 from .plan import RUNTIME_SIZES, empty_rows, head_constexprs, problem_of, stride_arguments, stride_unit
 from .short import backward_short_kernel
 from .tiles import (
-    MAX_UNDIVIDED_BACKWARD,
+    backward_parts,
     backward_tile,
     chunk,
-    head_parts,
     multiprocessors,
     padded,
     short_backward,
@@ -121,8 +120,7 @@ def _backward_queries_kernel(
         delta = row_dots_over_chunks(o_ptr, o_row, grad_o_ptr, grad_o_row, row, queries, D, CHUNK)
     if part == 0:
         tl.store(delta_ptr + of_head + row, delta, mask=row < queries)
-    lse = tl.load(lse_ptr + of_head + row, mask=row < queries, other=0.0) * LOG2_E
-    scale_log2 = scale * LOG2_E
+    lse = tl.load(lse_ptr + of_head + row, mask=row < queries, other=0.0)
     grad_q = zero_tile(BLOCK, PART_SLICES)
     key = tl.arange(0, STEP)
     for first_key in range(0, keys, STEP):
@@ -139,7 +137,7 @@ def _backward_queries_kernel(
                 grad_o_ptr, row, grad_o_row, queries, v_step, key, v_row, left, D, CHUNK, PRECISION
             )
             k = load_tile(k_step + first_column, key, k_row, left, limit, PART_SLICES, MASK_KEYS, MASK_PART)
-        weights = tl.exp2(logits * scale_log2 - lse[:, None])
+        weights = recompute_weights(logits, scale, lse[:, None])
         if MASK_KEYS:
             weights = tl.where((key < left)[None, :], weights, 0.0)
         grad_logits = weights * (grad_weights - delta[:, None])
@@ -218,7 +216,6 @@ def _backward_keys_kernel(
     if PARTS == 1:
         k = load_tile(k_ptr, key, k_row, keys, D, SLICES, True, MASK_D)
         v = load_tile(v_ptr, key, v_row, keys, D, SLICES, True, MASK_D)
-    scale_log2 = scale * LOG2_E
     grad_k = zero_tile(BLOCK, PART_SLICES)
     grad_v = zero_tile(BLOCK, PART_SLICES)
     row = tl.arange(0, STEP)
@@ -226,7 +223,7 @@ def _backward_keys_kernel(
         left = queries - first_row
         q_step, grad_o_step = q_ptr + first_row * q_row, grad_o_ptr + first_row * grad_o_row
         # exp(logit - inf) = 0: a query that does not exist adds nothing.
-        lse = tl.load(lse_ptr + first_row + row, mask=row < left, other=float("inf")) * LOG2_E
+        lse = tl.load(lse_ptr + first_row + row, mask=row < left, other=float("inf"))
         delta = tl.load(delta_ptr + first_row + row, mask=row < left, other=0.0)
         if PARTS == 1:
             q = load_tile(q_step, row, q_row, left, D, SLICES, MASK_QUERIES, MASK_D)
@@ -242,7 +239,7 @@ def _backward_keys_kernel(
             grad_o = load_tile(
                 grad_o_step + first_column, row, grad_o_row, left, limit, PART_SLICES, MASK_QUERIES, MASK_PART
             )
-        weights = tl.exp2(logits * scale_log2 - lse[None, :])
+        weights = recompute_weights(logits, scale, lse[None, :])
         grad_logits = weights * (grad_weights - delta[None, :])
         grad_v = add_product(grad_v, weights, grad_o, PRECISION)
         grad_k = add_product(grad_k, grad_logits, q, PRECISION)
@@ -275,7 +272,7 @@ def plan_backward(
     scale: float,
 ) -> tuple[list[Launch], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Allocate (grad_q, grad_k, grad_v) and plan the launches that fill them; `meta` tensors will do."""
-    problem = problem_of(q, k)
+    problem = problem_of(q, k, v, grad_o, o)
     processors = multiprocessors(q.device)
     short = short_backward(problem)
     if short:
@@ -307,8 +304,8 @@ def plan_backward(
         "per_split": tile.per_split,
         "scale": float(scale),
     }
-    parts = head_parts(problem.head_dim, MAX_UNDIVIDED_BACKWARD)
-    constexprs = head_constexprs(problem.head_dim, parts, unit, q.dtype) | {"CHUNK": chunk(problem)}
+    parts = backward_parts(problem)
+    constexprs = head_constexprs(problem, parts, unit, q.dtype) | {"CHUNK": chunk(problem)}
     overhang = {"MASK_QUERIES": problem.queries % tile.step != 0}
     if short:
         head = whole_slice(problem.head_dim)

@@ -5,6 +5,8 @@ blocks are powers of two, head dimensions are not. `SLICES` is a tuple of (first
 may hang over the head dimension.
 """
 
+# ruff: noqa: RUF005 - Triton's language has no starred tuples
+
 import triton
 import triton.language as tl
 
@@ -124,6 +126,12 @@ def add_product(accumulator, weights, tile, PRECISION: tl.constexpr):
     for i in tl.static_range(len(tile)):
         total = total + (_add_dot(weights.to(tile[i].dtype), tile[i], accumulator[i], PRECISION),)
     return total
+
+
+@triton.jit
+def recompute_weights(product, scale, lse):
+    """exp(scale product - lse). The difference comes first: large logits lose no more than lse has lost."""
+    return tl.exp2((product * scale - lse) * LOG2_E)
 
 
 @triton.jit

@@ -29,10 +29,9 @@ from .device import (
 from .plan import RUNTIME_SIZES, empty_rows, head_constexprs, problem_of, stride_arguments, stride_unit
 from .short import forward_short_kernel
 from .tiles import (
-    MAX_UNDIVIDED_FORWARD,
     Tile,
+    forward_parts,
     forward_tile,
-    head_parts,
     multiprocessors,
     short_forward,
     short_forward_tile,
@@ -169,10 +168,10 @@ def plan_forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
 ) -> tuple[list[Launch], tuple[torch.Tensor, torch.Tensor]]:
     """Allocate (o, lse) and plan the launches that fill them; `meta` tensors will do."""
-    problem = problem_of(q, k)
+    problem = problem_of(q, k, v)
     processors = multiprocessors(q.device)
     short = short_forward(problem)
-    parts = head_parts(problem.head_dim, MAX_UNDIVIDED_FORWARD)
+    parts = forward_parts(problem)
     tile = (short_forward_tile if short else forward_tile)(problem, processors)
     o = empty_rows(q)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
@@ -198,7 +197,7 @@ def plan_forward(
         "per_split": tile.per_split,
         "scale": float(scale),
     }
-    constexprs = head_constexprs(problem.head_dim, parts, unit, q.dtype) | {"BLOCK": tile.block}
+    constexprs = head_constexprs(problem, parts, unit, q.dtype) | {"BLOCK": tile.block}
     if short:
         kernel, constexprs["KEYS"] = forward_short_kernel, slices(problem.keys)
     else:

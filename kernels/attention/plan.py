@@ -25,9 +25,12 @@ RUNTIME_SIZES = [
 ]
 
 
-def problem_of(q: torch.Tensor, k: torch.Tensor) -> Problem:
+def problem_of(q: torch.Tensor, k: torch.Tensor, *others: torch.Tensor) -> Problem:
+    """others: every other input."""
     batch, heads, queries, head_dim = q.shape
-    return Problem(batch * heads, queries, k.shape[2], head_dim, q.element_size())
+    inputs = (q, k, *others)
+    aligned = stride_unit(*inputs) == 8 and all(t.data_ptr() % 16 == 0 for t in inputs)
+    return Problem(batch * heads, queries, k.shape[2], head_dim, q.element_size(), aligned)
 
 
 def empty_rows(like: torch.Tensor, splits: int = 1) -> torch.Tensor:
@@ -56,10 +59,11 @@ def stride_arguments(unit: int, **tensors: torch.Tensor) -> Arguments:
     return arguments
 
 
-def head_constexprs(head_dim: int, parts: HeadParts, unit: int, dtype: torch.dtype) -> dict[str, object]:
+def head_constexprs(problem: Problem, parts: HeadParts, unit: int, dtype: torch.dtype) -> dict[str, object]:
     """What every kernel is compiled for."""
-    whole = slices(head_dim)
-    part = slices(parts.width) if head_dim <= MAX_SLICED else whole_slice(parts.width)
+    head_dim = problem.head_dim
+    sliced = problem.aligned and head_dim <= MAX_SLICED
+    whole, part = map(slices if sliced else whole_slice, (head_dim, parts.width))
     return {
         "D": head_dim,
         "SLICES": whole,

@@ -5,6 +5,8 @@ plain softmax, without a loop. The backward is one kernel: a block of queries me
 complete when the block is done, while the gradients of k and v wait in registers for the next block.
 """
 
+# ruff: noqa: RUF005 - Triton's language has no starred tuples
+
 import triton
 import triton.language as tl
 
@@ -16,6 +18,7 @@ from .device import (
     load_tile,
     part_columns,
     product_over_head,
+    recompute_weights,
     row_dots,
     row_strides,
     scale_tile,
@@ -183,7 +186,6 @@ def backward_short_kernel(
     for j in tl.static_range(len(KEYS)):
         grad_k = grad_k + (zero_tile(KEYS[j][1], SLICES),)
         grad_v = grad_v + (zero_tile(KEYS[j][1], SLICES),)
-    scale_log2 = scale * LOG2_E
     row = tl.arange(0, STEP)
     for first_row in range(split * per_split, tl.minimum((split + 1) * per_split, queries), STEP):
         left = queries - first_row
@@ -192,12 +194,12 @@ def backward_short_kernel(
         o = load_tile(o_ptr + first_row * o_row, row, o_row, left, D, SLICES, MASK_QUERIES, MASK_D)
         delta = row_dots(o, grad_o)[:, None]
         # exp(logit - inf) = 0: a query that does not exist adds nothing.
-        lse = tl.load(lse_ptr + first_row + row, mask=row < left, other=float("inf"))[:, None] * LOG2_E
+        lse = tl.load(lse_ptr + first_row + row, mask=row < left, other=float("inf"))[:, None]
         grad_q = zero_tile(STEP, SLICES)
         next_grad_k = ()
         next_grad_v = ()
         for j in tl.static_range(len(KEYS)):
-            weights = tl.exp2(product_over_head(q, k[j], PRECISION) * scale_log2 - lse)
+            weights = recompute_weights(product_over_head(q, k[j], PRECISION), scale, lse)
             key = KEYS[j][0] + tl.arange(0, KEYS[j][1])
             weights = tl.where((key < keys)[None, :], weights, 0.0)
             next_grad_v = next_grad_v + (add_product(grad_v[j], tl.trans(weights), grad_o, PRECISION),)

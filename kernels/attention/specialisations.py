@@ -48,9 +48,9 @@ def probes() -> Iterator[Probe]:
         yield Probe(1, 8, queries, queries, head_dim)
         yield Probe(1, 8, queries, 77, head_dim)
     # Batches, where blocks are the largest: Stable Diffusion XL, training.
-    for head_dim in (40, 64, 80, 160):
-        yield Probe(16, 8, 4096, 4096, head_dim, torch.float16)
-        yield Probe(16, 8, 4096, 77, head_dim, torch.float16)
+    for head_dim, dtype in ((40, torch.bfloat16), (64, torch.float16), (80, torch.bfloat16), (160, torch.bfloat16)):
+        yield Probe(16, 8, 4096, 4096, head_dim, dtype)
+        yield Probe(16, 8, 4096, 77, head_dim, dtype)
     # The VAE's one head; few queries and many keys, the other way round, and a ragged wide head.
     yield Probe(1, 1, 4096, 4096, 512)
     yield Probe(1, 1, 64, 4096, 64)
@@ -69,7 +69,8 @@ def probes() -> Iterator[Probe]:
     for keys in (197, 77):
         yield Probe(1, 3, 197, keys, 24, torch.float16, aligned=False)
         yield Probe(16, 3, 1024, keys, 160, torch.float16, aligned=False)
-    yield Probe(1, 1, 1000, 1001, 512, torch.float16, aligned=False)
+    for head_dim in (64, 96, 512):
+        yield Probe(16, 1, 1000, 1001, head_dim, torch.float16, aligned=False)
 
 
 def specialisations() -> list[Specialisation]:

@@ -27,6 +27,7 @@ MAX_SHORT_BACKWARD_HEAD = 64
 # Wider heads are computed in two parts by two programs, each of which takes the whole q k^T.
 MAX_UNDIVIDED_FORWARD = 256
 MAX_UNDIVIDED_BACKWARD = 160
+MAX_UNDIVIDED_UNALIGNED = 64  # in the backward, where addresses take registers
 
 # What a program spends on the other side's tiles, in rows of its own: they are loaded whether it has 16 rows or 128.
 ROWS_OF_OVERHEAD = 64
@@ -65,6 +66,7 @@ class Problem:
     keys: int
     head_dim: int
     itemsize: int
+    aligned: bool = True  # whether 16 bytes can be moved at once; if not, addresses fill registers
 
 
 @dataclass(frozen=True)
@@ -81,15 +83,26 @@ def head_parts(head_dim: int, undivided: int) -> HeadParts:
     return HeadParts(2, triton.cdiv(head_dim, 16) * 8)
 
 
+def forward_parts(problem: Problem) -> HeadParts:
+    return head_parts(problem.head_dim, MAX_UNDIVIDED_FORWARD)
+
+
+def backward_parts(problem: Problem) -> HeadParts:
+    return head_parts(problem.head_dim, MAX_UNDIVIDED_BACKWARD if problem.aligned else MAX_UNDIVIDED_UNALIGNED)
+
+
 def short_forward(problem: Problem) -> bool:
     """Whether all keys are held at once. Not in float32, whose products hold both operands in registers and spill."""
+    if problem.itemsize != 2 or not problem.aligned:
+        return False
     elements = padded(slices(problem.keys)) * problem.head_dim
-    return problem.itemsize == 2 and problem.keys <= MAX_SHORT_KEYS and elements <= MAX_SHORT_ELEMENTS
+    return problem.keys <= MAX_SHORT_KEYS and elements <= MAX_SHORT_ELEMENTS
 
 
 def short_backward(problem: Problem) -> bool:
     return (
         problem.itemsize == 2
+        and problem.aligned
         and problem.keys <= MAX_SHORT_BACKWARD_KEYS
         and problem.head_dim <= MAX_SHORT_BACKWARD_HEAD
     )
@@ -149,7 +162,7 @@ def choose_splits(rows: int, step: int, programs: int, processors: int) -> tuple
 def forward_tile(problem: Problem, processors: int) -> Tile:
     """Own rows: queries; other side: keys."""
     largest, step = _forward_limits(problem)
-    groups = problem.heads * head_parts(problem.head_dim, MAX_UNDIVIDED_FORWARD).count
+    groups = problem.heads * forward_parts(problem).count
     block = choose_block(problem.queries, groups, largest, processors)
     programs = groups * triton.cdiv(problem.queries, block)
     splits, per_split = choose_splits(problem.keys, step, programs, processors)
@@ -165,7 +178,7 @@ def short_forward_tile(problem: Problem, processors: int) -> Tile:
 def backward_tile(rows: int, others: int, problem: Problem, processors: int, split: bool) -> Tile:
     """Own rows: queries for their gradient, keys for that of k and v; `split` allows more than one split."""
     largest, step, num_warps = _backward_limits(problem)
-    groups = problem.heads * head_parts(problem.head_dim, MAX_UNDIVIDED_BACKWARD).count
+    groups = problem.heads * backward_parts(problem).count
     block = choose_block(rows, groups, largest, processors)
     programs = groups * triton.cdiv(rows, block)
     splits, per_split = choose_splits(others, step, programs, processors) if split else (1, others)
@@ -186,6 +199,8 @@ def _forward_limits(problem: Problem) -> tuple[int, int]:
     head_dim = problem.head_dim
     if problem.itemsize == 4:
         return (32, 32) if head_dim <= 160 else (32, 16)
+    if not problem.aligned:
+        return 32, 16
     if head_dim <= 128:
         return 128, 64
     if head_dim <= 160:
@@ -203,6 +218,8 @@ def _backward_limits(problem: Problem) -> tuple[int, int, int]:
     head_dim = problem.head_dim
     if problem.itemsize == 4:
         return (32, 32, 4) if head_dim <= 64 else (32, 16, 8)
+    if not problem.aligned:
+        return 32, 16, 8
     if head_dim <= 128:
         return 64, 32, 4 if head_dim <= 64 else 8
     return 64, 16, 8

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from fastdistill.bench.accuracy import allowed_error
 from fastdistill.kernels import attention as op
 from fastdistill.kernels.attention import backward, forward, tiles
 from fastdistill.kernels.launch import run_all
@@ -16,7 +17,7 @@ from tests.ops.accuracy import assert_close_to_exact
 pytestmark = pytest.mark.interpreter
 
 NAMES = ("o", "lse", "grad_q", "grad_k", "grad_v")
-REGIMES = ("as chosen", "many keys", "many keys, split", "two parts of the head", "two parts of the head, split")
+REGIMES = ("as chosen", "many keys", "many keys, split", "two parts of the head, split")
 
 
 @pytest.fixture(params=REGIMES)
@@ -31,8 +32,8 @@ def regime(request, monkeypatch):
     else:
         monkeypatch.setattr(tiles, "TILES_PER_SPLIT", 1000)
     if "parts" in request.param:
-        for module, limit in ((tiles, "FORWARD"), (forward, "FORWARD"), (tiles, "BACKWARD"), (backward, "BACKWARD")):
-            monkeypatch.setattr(module, f"MAX_UNDIVIDED_{limit}", 16)
+        for limit in ("FORWARD", "BACKWARD", "UNALIGNED"):
+            monkeypatch.setattr(tiles, f"MAX_UNDIVIDED_{limit}", 16)
         monkeypatch.setattr(backward, "chunk", lambda problem: 16)
     return request.param
 
@@ -82,8 +83,8 @@ def is_rows_first(t):
 @pytest.mark.parametrize(
     ("queries", "keys", "head_dim", "dtype"),
     [
-        (33, 77, 40, torch.float32),
-        (19, 50, 24, torch.float16),
+        (18, 49, 40, torch.float32),
+        (17, 40, 24, torch.float16),
         (17, 1, 8, torch.float32),
         (1, 47, 80, torch.bfloat16),
     ],
@@ -115,25 +116,23 @@ def test_the_chosen_tiles_equal_float64(queries, keys, head_dim, dtype):
 
 
 @pytest.mark.parametrize("sign", [-1, 1])
-def test_large_logits_stay_finite(regime, sign):
-    q, k, v, grad_o = inputs(20, 40, 24)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_large_logits_stay_finite_and_cost_what_lse_costs(regime, dtype, sign):
+    q, k, v, grad_o = inputs(20, 40, 24, dtype)
     scale = sign * 50 * 24**-0.5
-    ours = check(q, k, v, grad_o, scale)
-    assert all(t.isfinite().all() for t in ours)
-
-
-def test_logits_far_from_zero_leave_the_weights_what_they_are(regime):
-    q, k, v, grad_o = inputs(20, 40, 24)
-    # The same vector added to every key adds the same number to a query's logits: here some -3000 to 3000.
-    q, k = q.round(decimals=1), (k + 600 * torch.randn(24)).half().float()
-    ours = run(q, k, v, grad_o, 1.0)
-    assert all(t.isfinite().all() for t in ours)
-    exact = in_pytorch(q, k, v, grad_o, 1.0)[0]
-    assert (ours[0] - exact).abs().max() < 2e-2
+    ours = run(q, k, v, grad_o, scale)
+    exact, in_dtype = (in_pytorch(q, k, v, grad_o, scale, d) for d in (torch.float64, dtype))
+    # A float32 lse, and a float32 logit, are known to half a unit in the last place of their size.
+    units = exact[1].abs().max().item() * torch.finfo(torch.float32).eps
+    for name, value, exact_, torch_ in zip(NAMES, ours, exact, in_dtype):
+        assert value.isfinite().all(), name
+        largest = exact_.abs().max().item()
+        bound = allowed_error((torch_.double() - exact_).abs().max().item(), largest, dtype) + 2 * units * largest
+        assert (value.double() - exact_).abs().max().item() <= bound, name
 
 
 def test_packed_and_transposed_inputs_are_read_in_place(regime):
-    batch, heads, rows, head_dim = 2, 3, 21, 40
+    batch, heads, rows, head_dim = 2, 2, 18, 24
     packed = torch.full((batch, rows, 3 * heads * head_dim + 8), float("nan"))
     values = torch.randn(batch, rows, 3 * heads * head_dim)
     packed[..., : 3 * heads * head_dim] = values
@@ -143,9 +142,9 @@ def test_packed_and_transposed_inputs_are_read_in_place(regime):
 
 
 def test_unaligned_and_expanded_inputs_are_read_in_place(regime):
-    q = torch.randn(2, 2, 19, 25)[..., 1:]
-    k, v = (torch.randn(1, 1, 35, 24).expand(2, 2, 35, 24) for _ in range(2))
-    grad_o = torch.randn(24).expand(2, 2, 19, 24)
+    q = torch.randn(1, 2, 19, 25)[..., 1:]
+    k, v = (torch.randn(1, 1, 35, 24).expand(1, 2, 35, 24) for _ in range(2))
+    grad_o = torch.randn(24).expand(1, 2, 19, 24)
     check(q, k, v, grad_o)
 
 
@@ -204,7 +203,7 @@ def test_equal_logits_give_the_mean(regime):
 
 
 def test_the_same_call_gives_the_same_bits(regime):
-    call = (*inputs(19, 40, 40, torch.float16), 0.2)
+    call = (*inputs(19, 34, 24, torch.float16), 0.2)
     for name, a, b in zip(NAMES, run(*call), run(*call)):
         assert torch.equal(a, b), name
 
