@@ -136,6 +136,16 @@ def _check(q, k, v, *, scale=None) -> None:
         raise ValueError(f"scale: expected a finite number, got {scale}")
 
 
+# What the assembler reports of a head dim of 512 for sm_80 and sm_90; smaller chips have 99 KiB.
+_WIDE_HEAD_SHARED = 160 * 1024
+
+
+@_dispatch.constant
+def _shared_memory(index: int) -> int:
+    """Bytes that one block may have on a CUDA device."""
+    return torch.cuda.get_device_properties(index).shared_memory_per_block_optin
+
+
 def _triton_supports(q, k, v, *, scale=None) -> list[str]:
     if q.device.type == "cuda" or _kernels.interpreting():
         reasons = _kernels.triton_available()
@@ -147,6 +157,8 @@ def _triton_supports(q, k, v, *, scale=None) -> list[str]:
     width = q.shape[-1]
     if width % 8 or width > 512:
         reasons.append(f"head dim {width}: needs a multiple of 8 up to 512")
+    if q.device.type == "cuda" and width > 256 and _shared_memory(q.device.index) < _WIDE_HEAD_SHARED:
+        reasons.append(f"head dim {width}: its tiles need {_WIDE_HEAD_SHARED >> 10} KiB of shared memory")
     for name, t in (("q", q), ("k", k), ("v", v)):
         if t.stride(-1) != 1:
             reasons.append(f"{name}'s strides {tuple(t.stride())}: needs the last one to be 1")
