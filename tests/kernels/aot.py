@@ -1,37 +1,14 @@
-"""Compile a Triton kernel for a GPU that is not here, and read what it would cost."""
+"""What every compiled version of a Triton kernel is held to, on GPUs that are not here."""
 
-import re
-import subprocess
-import tempfile
-from dataclasses import dataclass
-from pathlib import Path
+from fastdistill.bench.resources import MULTIPROCESSORS
+from fastdistill.kernels.compile import compile_for
 
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-
-# Shared memory that one program may use, in bytes (CUDA C++ Programming Guide, table of technical specifications).
-SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-_CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+# Shared memory that one program may use, in bytes.
+SHARED_MEMORY = {c: MULTIPROCESSORS[c].shared - MULTIPROCESSORS[c].reserved for c in (80, 90, 100)}
 
 
-@dataclass(frozen=True)
-class Compiled:
-    ptx: str
-    registers: int
-    stack: int  # bytes of local memory per thread: where spilled registers go
-    shared: int  # bytes per program
-
-
-def compile_for(capability, specialisation, **options):
-    """Compile for compute capability `capability` (90 for 9.0). Needs a process that does not interpret kernels."""
-    source = ASTSource(specialisation.kernel, specialisation.signature, specialisation.constexprs, specialisation.attrs)
-    options = {**specialisation.options, **options}
-    kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(kernel.asm["cubin"])
-        cubin.flush()
-        command = [_CUOBJDUMP, "--dump-resource-usage", cubin.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", usage).groups())
-    return Compiled(kernel.asm["ptx"], registers, stack + local, kernel.metadata.shared)
+def assert_fits(capability, specialisation):
+    """No spilled registers, and no more shared memory than a block may have."""
+    used = compile_for(capability, specialisation).resources
+    assert used.spilled == 0, f"{specialisation.key}: {used.spilled} bytes of spills per thread"
+    assert used.shared <= SHARED_MEMORY[capability], f"{specialisation.key}: {used.shared} bytes shared"

@@ -9,7 +9,7 @@ from fastdistill.kernels.attention.specialisations import Probe, probes, special
 from fastdistill.kernels.compile import compile_for
 from fastdistill.kernels.launch import unique_specialisations
 
-from tests.kernels.aot import SHARED_MEMORY
+from tests.kernels.aot import SHARED_MEMORY, assert_fits
 
 KERNELS = (
     "_backward_keys_kernel",
@@ -48,9 +48,7 @@ def test_every_launch_passes_exactly_what_its_kernel_takes():
 @pytest.mark.parametrize("name", KERNELS)
 def test_every_version_compiles_without_spills_and_within_shared_memory(versions, name, capability):
     for specialisation in versions[name]:
-        used = compile_for(capability, specialisation).resources
-        assert used.spilled == 0, f"{specialisation.key}: {used.spilled} bytes of spills per thread"
-        assert used.shared <= SHARED_MEMORY[capability], f"{specialisation.key}: {used.shared} bytes shared"
+        assert_fits(capability, specialisation)
 
 
 @pytest.mark.compiler

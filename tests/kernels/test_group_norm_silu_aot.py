@@ -5,10 +5,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from fastdistill.kernels.compile import compile_for
 from fastdistill.kernels.group_norm_silu.specialisations import Probe, specialisations
 from fastdistill.kernels.launch import unique_specialisations
 
-from tests.kernels.aot import SHARED_MEMORY, compile_for
+from tests.kernels.aot import SHARED_MEMORY, assert_fits
 
 KERNELS = (
     "_forward_whole_kernel",
@@ -44,15 +45,13 @@ def test_the_probes_reach_every_kernel(versions):
 @pytest.mark.parametrize("name", KERNELS)
 def test_every_version_compiles_without_spills_and_within_shared_memory(versions, name, capability):
     for specialisation in versions[name]:
-        compiled = compile_for(capability, specialisation)
-        assert compiled.stack == 0, f"{specialisation.key}: {compiled.stack} bytes of spills per thread"
-        assert compiled.shared <= SHARED_MEMORY[capability], f"{specialisation.key}: {compiled.shared} bytes shared"
+        assert_fits(capability, specialisation)
 
 
 @pytest.mark.compiler
 def test_the_gate_sees_a_spill(versions):
     starved = compile_for(90, versions["_gradient_sums_kernel"][0], maxnreg=24)
-    assert starved.stack > 0
+    assert starved.resources.spilled > 0
 
 
 ALIGNED = {

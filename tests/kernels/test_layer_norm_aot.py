@@ -4,10 +4,11 @@ from collections import defaultdict
 from dataclasses import replace
 
 import pytest
+from fastdistill.kernels.compile import compile_for
 from fastdistill.kernels.launch import unique_specialisations
 from fastdistill.kernels.layer_norm.specialisations import Probe, specialisations
 
-from tests.kernels.aot import SHARED_MEMORY, compile_for
+from tests.kernels.aot import SHARED_MEMORY, assert_fits
 
 KERNELS = (
     "_forward_whole_kernel",
@@ -39,15 +40,13 @@ def test_the_probes_reach_every_kernel(versions):
 @pytest.mark.parametrize("name", KERNELS)
 def test_every_version_compiles_without_spills_and_within_shared_memory(versions, name, capability):
     for specialisation in versions[name]:
-        compiled = compile_for(capability, specialisation)
-        assert compiled.stack == 0, f"{specialisation.key}: {compiled.stack} bytes of spills per thread"
-        assert compiled.shared <= SHARED_MEMORY[capability], f"{specialisation.key}: {compiled.shared} bytes shared"
+        assert_fits(capability, specialisation)
 
 
 @pytest.mark.compiler
 def test_the_gate_sees_a_spill():
     starved = compile_for(90, launched(Probe((64, 6140)))["_backward_whole_kernel"], maxnreg=40)
-    assert starved.stack > 0
+    assert starved.resources.spilled > 0
 
 
 @pytest.mark.compiler
