@@ -68,3 +68,25 @@ def collapse_rows(t: torch.Tensor) -> tuple[int, int] | None:
             return None
         rows *= size
     return rows, stride
+
+
+def samples_in_step(*tensors: torch.Tensor) -> bool:
+    """Whether tensors (B, …) of one shape can be read together as (B, M), whatever the order in memory is.
+
+    Each sample must be dense, in the same order in every tensor. Samples may be any distance apart (`stride(0)`) that
+    keeps them from overlapping, in each tensor another.
+    """
+    shape, strides = tensors[0].shape, _inner_strides(tensors[0])
+    size = 1
+    for step, length in sorted(zip(strides, shape[1:])):
+        if length > 1 and step != size:
+            return False
+        size *= length
+    batch_strides = [t.stride(0) for t in tensors]
+    same_order = all(t.shape == shape and _inner_strides(t) == strides for t in tensors[1:])
+    return same_order and (shape[0] <= 1 or all(step >= size for step in batch_strides))
+
+
+def _inner_strides(t: torch.Tensor) -> list[int]:
+    """Of the dimensions behind the first; 0 where a dimension of one element may carry any."""
+    return [step if length > 1 else 0 for length, step in zip(t.shape[1:], t.stride()[1:])]
