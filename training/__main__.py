@@ -17,8 +17,8 @@ from fastdistill.models import ModelError, resolve_model
 from .digits import digits_card, digits_prompts, digits_scores
 from .distill import distill
 from .dmd import DMDConfig
-from .loop import DMDProgress
 from .pipelines import TeacherError, check_output_folder
+from .trainer import TrainingProgress
 
 app = typer.Typer(add_completion=False, help="Distil diffusion teachers into one-step students.", no_args_is_help=True)
 console = Console()
@@ -122,7 +122,7 @@ def _progress_bar() -> Progress:
     )
 
 
-def _show(bar: Progress, task, progress: DMDProgress) -> None:
+def _show(bar: Progress, task, progress: TrainingProgress) -> None:
     shown = " ".join(f"{name} {value:.3f}" for name, value in progress.losses.items() if name != "guarded")
     bar.update(task, completed=progress.update, description=shown)
 

@@ -11,10 +11,11 @@ import torch
 
 from fastdistill import __version__, diffusion
 
+from .data import PromptData
 from .dmd import DMD, DMDConfig
-from .loop import DMDProgress, DMDRun, train
 from .pairs import make_pairs
 from .pipelines import check_teacher, encode_prompts, one_step_pipeline, save_pipeline, weights_digest
+from .trainer import Run, Trainer, TrainingProgress
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -32,7 +33,7 @@ class Distilled:
     """
 
     pipeline: DiffusionPipeline
-    run: DMDRun
+    run: Run
     facts: dict
     teacher_folder: Path | None
 
@@ -51,7 +52,7 @@ def distill(
     prompts: Sequence[str],
     config: DMDConfig | None = None,
     *,
-    callback: Callable[[DMDProgress], bool | None] | None = None,
+    callback: Callable[[TrainingProgress], bool | None] | None = None,
     device: str | torch.device | None = None,
 ) -> Distilled:
     """Distil a text-to-image teacher into one step by distribution matching (DMD). No images are needed.
@@ -61,7 +62,7 @@ def distill(
             frozen and cast to float32 (its UNet in channels_last memory) and otherwise left as it is.
         prompts: what the student shall be able to draw; one is drawn uniformly per sample.
         config: see `DMDConfig`.
-        callback: called with a `DMDProgress` every `config.report_every` student updates; returning True ends the
+        callback: called with a `TrainingProgress` every `config.report_every` student updates; returning True ends the
             run early with what is there.
         device: to train on; None leaves the pipeline where it is (the CPU for a name or a folder).
 
@@ -73,7 +74,7 @@ def distill(
         TeacherError: the pipeline is of a kind that this loop cannot distil.
         fastdistill.models.ModelError: an unknown name or an unreadable folder.
         ValueError: no prompts, or a bad configuration.
-        GradientContractError, FloatingPointError: see `fastdistill.training.train`.
+        GradientContractError, FloatingPointError: see `fastdistill.training.Trainer.run`.
     """
     config = config or DMDConfig()
     prompts = list(prompts)
@@ -109,7 +110,7 @@ def distill(
             unconditional=unconditional,
             seed=config.seed + 1,  # the loop's own noises are drawn from config.seed
         )
-    run = train(dmd, conditions, sample_shape, pairs=pairs, callback=callback)
+    run = Trainer(dmd, PromptData(conditions, sample_shape, pairs), config.trainer, config.roles).run(callback)
     facts = {
         "method": "dmd",
         "fastdistill": __version__,

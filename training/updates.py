@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,8 @@ class RoleUpdater:
     """The optimiser of one role. It counts updates, and only updates: warm-up and decay are in its own updates.
 
     Attributes:
-        updates: optimiser steps taken so far.
+        attempts: optimiser steps tried; the schedule counts these.
+        skipped: of them, those left out because the gradient was not finite.
     """
 
     def __init__(
@@ -31,24 +33,37 @@ class RoleUpdater:
         self.parameters = [p for p in network.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=learning_rate, betas=betas, weight_decay=weight_decay)
         self.learning_rate, self.max_grad_norm, self.schedule = learning_rate, max_grad_norm, schedule
-        self.updates = 0
+        self.attempts = self.skipped = 0
 
-    def step(self, loss: Tensor) -> Tensor:
-        """Update the role from `loss`; returns the gradient's norm before clipping, a scalar tensor.
+    @property
+    def updates(self) -> int:
+        """Optimiser steps taken."""
+        return self.attempts - self.skipped
 
-        Raises:
-            FloatingPointError: the gradient is not finite. The parameters are as they were.
-        """
-        self.optimizer.zero_grad(set_to_none=True)
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of a micro-batch's share."""
         loss.backward()
+
+    def step(self) -> bool:
+        """Update the role from the gradients there are; False if they are not finite, and nothing was changed."""
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
-        if not math.isfinite(norm):
-            raise FloatingPointError(f"the gradient is not finite at update {self.updates} (norm {norm.item()})")
         for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate * self.schedule(self.updates)
-        self.optimizer.step()
-        self.updates += 1
-        return norm
+            group["lr"] = self.learning_rate * self.schedule(self.attempts)
+        self.attempts += 1
+        taken = math.isfinite(norm)
+        if taken:
+            self.optimizer.step()
+        else:
+            self.skipped += 1
+        self.optimizer.zero_grad(set_to_none=True)
+        return taken
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"adamw": self.optimizer.state_dict(), "attempts": self.attempts, "skipped": self.skipped}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state["adamw"])
+        self.attempts, self.skipped = state["attempts"], state["skipped"]
 
 
 def warm_up_then_decay(updates: int, warm_up: int, decay: float) -> Callable[[int], float]:
@@ -81,3 +96,10 @@ class EMA:
         for average, value in zip(self.network.buffers(), network.buffers(), strict=True):
             average.copy_(value)
         self.updates += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"network": self.network.state_dict(), "updates": self.updates}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.network.load_state_dict(state["network"])
+        self.updates = state["updates"]
