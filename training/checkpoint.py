@@ -1,7 +1,7 @@
 """Checkpoints that are whole or not there: safetensors and JSON, written aside, synced, and renamed into place.
 
-    <folder>/update-00000100/state.json            everything that is no tensor, and each file's size and SHA-256
-                             student.safetensors   one file per part of the state
+    <folder>/step-00000100/state.json            everything that is no tensor, and each file's size and SHA-256
+                           student.safetensors   one file per part of the state
 
 Nothing is pickled, so that opening a checkpoint runs no code.
 """
@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 FORMAT = 1
-_NAME = re.compile(r"update-(\d{8,})")
+_NAME = re.compile(r"step-(\d{8,})")
 _STATE = "state.json"
 
 
@@ -32,12 +32,12 @@ class CheckpointError(RuntimeError):
     """A checkpoint that cannot be written, or that is there and cannot be used. The message names the file."""
 
 
-def save(folder: str | Path, update: int, state: Mapping[str, Any], *, keep: int = 2, best: int | None = None) -> Path:
-    """Write `state` as the checkpoint of `update`, then remove all but the newest `keep` and the `best`.
+def save(folder: str | Path, step: int, state: Mapping[str, Any], *, keep: int = 2, best: int | None = None) -> Path:
+    """Write `state` as the checkpoint of `step`, then remove all but the newest `keep` and the `best`.
 
     Args:
         folder: of the run's checkpoints; made if it is not there.
-        update: names the checkpoint; one of the same number is replaced.
+        step: names the checkpoint. One of this number that is whole is kept: it is of the same step of the same run.
         state: parts by name; each a tree of dicts (keys str or int), lists, tuples, tensors and JSON scalars.
 
     Raises:
@@ -45,26 +45,25 @@ def save(folder: str | Path, update: int, state: Mapping[str, Any], *, keep: int
         TypeError: a part holds something else, named by its place.
     """
     folder = Path(folder)
-    target = folder / f"update-{update:08d}"
+    target = folder / f"step-{step:08d}"
     scratch = folder / f".{target.name}.partial"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _clear(folder)
-        scratch.mkdir()
-        _write(scratch, update, state)
-        if target.exists():
-            os.replace(target, folder / f".{target.name}.replaced")
-        os.replace(scratch, target)
-        _sync(folder)
-        _clear(folder)
+        if not _is_whole(target):
+            shutil.rmtree(target, ignore_errors=True)
+            scratch.mkdir()
+            _write(scratch, step, state)
+            os.replace(scratch, target)
+            _sync(folder)
     except TypeError:
         _clear(folder)
         raise
     except (OSError, SafetensorError) as error:
         _clear(folder)
         raise CheckpointError(f"{target}: cannot be written ({error}); what was saved before is still there") from error
-    kept = {update, best, *sorted(_updates(folder))[-max(keep, 1) :]}
-    for number, path in _updates(folder).items():
+    kept = {step, best, *sorted(_steps(folder))[-max(keep, 1) :]}
+    for number, path in _steps(folder).items():
         if number not in kept:
             shutil.rmtree(path, ignore_errors=True)
     return target
@@ -100,18 +99,18 @@ def load(path: str | Path) -> dict[str, Any]:
 
 
 def load_newest(folder: str | Path) -> tuple[int, dict[str, Any]] | None:
-    """(update, state) of the newest checkpoint that is whole; None where there is none at all.
+    """(step, state) of the newest checkpoint that is whole; None where there is none at all.
 
     One that is damaged is named in a warning, and the one before it is tried.
 
     Raises:
         CheckpointError: there are checkpoints, but every one is damaged.
     """
-    found = _updates(Path(folder))
+    found = _steps(Path(folder))
     problem = None
-    for update in sorted(found, reverse=True):
+    for step in sorted(found, reverse=True):
         try:
-            return update, load(found[update])
+            return step, load(found[step])
         except CheckpointError as error:
             problem = error
             warnings.warn(f"checkpoint refused: {error}", stacklevel=2)
@@ -122,18 +121,27 @@ def load_newest(folder: str | Path) -> tuple[int, dict[str, Any]] | None:
 
 def _clear(folder: Path) -> None:
     """Remove what a killed run left half done."""
-    for pattern in (".update-*.partial", ".update-*.replaced"):
-        for path in folder.glob(pattern):
-            shutil.rmtree(path, ignore_errors=True)
+    for path in folder.glob(".step-*.partial"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
-def _updates(folder: Path) -> dict[int, Path]:
+def _is_whole(path: Path) -> bool:
+    if not path.exists():
+        return False
+    try:
+        load(path)
+    except CheckpointError:
+        return False
+    return True
+
+
+def _steps(folder: Path) -> dict[int, Path]:
     if not folder.is_dir():
         return {}
     return {int(match[1]): path for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))}
 
 
-def _write(folder: Path, update: int, state: Mapping[str, Any]) -> None:
+def _write(folder: Path, step: int, state: Mapping[str, Any]) -> None:
     files, parts = {}, {}
     for name, tree in state.items():
         tensors: dict[str, Tensor] = {}
@@ -143,7 +151,7 @@ def _write(folder: Path, update: int, state: Mapping[str, Any]) -> None:
             save_file(tensors, file)
             _sync(file)
             files[file.name] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
-    record = {"format": FORMAT, "update": update, "files": files, "parts": parts}
+    record = {"format": FORMAT, "step": step, "files": files, "parts": parts}
     record["digest"] = _digest_of(record)
     (folder / _STATE).write_text(json.dumps(record), encoding="utf-8")
     _sync(folder / _STATE)

@@ -164,12 +164,10 @@ class Trainer:
 
     def save(self) -> Path:
         """Write a checkpoint of the run as it stands. Resuming it continues as if nothing had happened."""
-        return checkpoint.save(
-            self.folder, self.updaters[self.student].attempts, self.state(), keep=self.config.keep_checkpoints
-        )
+        return checkpoint.save(self.folder, self.iteration, self.state(), keep=self.config.keep_checkpoints)
 
     def resume(self) -> int | None:
-        """Continue from the newest whole checkpoint of `folder`: its number of updates, or None where there is none.
+        """Continue from the newest whole checkpoint of `folder`: the student's updates so far, or None where there is none.
 
         Raises:
             CheckpointError: every checkpoint is damaged, or the newest is of another method, network or configuration;
@@ -179,7 +177,7 @@ class Trainer:
         if found is None:
             return None
         self.load_state(found[1])
-        return found[0]
+        return self.updaters[self.student].attempts
 
     def state(self) -> dict[str, Any]:
         """Everything that the rest of the run depends on, by part; what `load_state` takes."""

@@ -27,7 +27,7 @@ def same(a, b):
 
 def test_a_tree_of_tensors_and_scalars_comes_back_as_it_was(tmp_path):
     path = checkpoint.save(tmp_path, 100, STATE)
-    assert path == tmp_path / "update-00000100"
+    assert path == tmp_path / "step-00000100"
     assert same(checkpoint.load(path), STATE)
     assert sorted(file.name for file in path.iterdir()) == [
         "state.json",
@@ -46,7 +46,7 @@ def test_views_of_one_storage_and_channels_last_tensors_are_saved_by_value(tmp_p
 def test_the_newest_are_kept_and_the_best(tmp_path):
     for update in (1, 2, 3, 4, 5):
         checkpoint.save(tmp_path, update, STATE, keep=2, best=1)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [f"update-{n:08d}" for n in (1, 4, 5)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"step-{n:08d}" for n in (1, 4, 5)]
     assert checkpoint.load_newest(tmp_path)[0] == 5
 
 
@@ -71,7 +71,7 @@ def remove(path):
 
 def edit_state(path):
     record = json.loads((path / "state.json").read_text())
-    record["update"] = 1000
+    record["step"] = 1000
     (path / "state.json").write_text(json.dumps(record))
     return "state.json: it was changed after it was written"
 
@@ -115,7 +115,7 @@ def test_a_disk_that_is_full_half_way_loses_nothing_that_was_saved(tmp_path, mon
     monkeypatch.setattr(checkpoint, "save_file", full)
     with pytest.raises(CheckpointError, match=r"No space left on device.*what was saved before is still there"):
         checkpoint.save(tmp_path, 2, STATE)
-    assert [path.name for path in tmp_path.iterdir()] == ["update-00000001"]
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
     assert same(checkpoint.load_newest(tmp_path)[1], STATE)
 
 
@@ -145,7 +145,16 @@ def test_a_kill_at_any_system_call_of_a_save_leaves_a_whole_checkpoint(tmp_path,
     update, state = checkpoint.load_newest(tmp_path)
     assert same(state, STATE if update == 1 else later)
     checkpoint.save(tmp_path, 3, later, keep=1)
-    assert [path.name for path in tmp_path.iterdir()] == ["update-00000003"]
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000003"]
+
+
+def test_the_same_step_again_is_kept_if_it_is_whole_and_written_anew_if_not(tmp_path):
+    path = checkpoint.save(tmp_path, 1, STATE)
+    written = (path / "state.json").stat().st_mtime_ns
+    checkpoint.save(tmp_path, 1, STATE)
+    assert (path / "state.json").stat().st_mtime_ns == written
+    truncate(path)
+    assert same(checkpoint.load(checkpoint.save(tmp_path, 1, STATE)), STATE)
 
 
 def test_what_is_neither_tensor_nor_json_is_named_by_its_place(tmp_path):

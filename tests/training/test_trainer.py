@@ -152,7 +152,7 @@ def test_dmd_resumes_to_the_bit(tmp_path):
 def test_checkpoints_are_made_every_so_many_updates_and_at_the_end(tmp_path):
     config = dataclasses.replace(CONFIG, updates=7, checkpoint_every=2, keep_checkpoints=10)
     trainer(config=config, folder=tmp_path).run()
-    assert sorted(path.name for path in tmp_path.iterdir()) == [f"update-{n:08d}" for n in (2, 4, 6, 7)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"step-{n:08d}" for n in (4, 8, 12, 14)]
 
 
 def test_a_checkpoint_of_another_run_is_refused_with_the_difference(tmp_path):
@@ -186,7 +186,7 @@ def test_a_signal_ends_the_run_after_its_update_with_a_checkpoint(tmp_path, numb
     run = trainer(folder=tmp_path).run(kill)
     assert run.ended == signal.Signals(number).name
     assert run.updates["student"] == 3
-    assert [path.name for path in tmp_path.iterdir()] == ["update-00000003"]
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000006"]
     assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)] == handlers
 
 
