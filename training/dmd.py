@@ -49,6 +49,7 @@ class DMDConfig:
         ema_decay: of the average of the student's weights that is delivered, 0 to deliver the weights themselves.
         seed: of everything random. The same seed gives the same bytes on the same machine and number of threads.
         report_every: student updates between two calls of the callback.
+        checkpoint_every: student updates between two checkpoints, where a folder for them is given.
     """
 
     iterations: int = 300
@@ -72,6 +73,7 @@ class DMDConfig:
     ema_decay: float = 0.98
     seed: int = 0
     report_every: int = 10
+    checkpoint_every: int = 50
 
     def __post_init__(self):
         for name in ("iterations", "critic_ratio", "pair_steps"):
@@ -94,6 +96,7 @@ class DMDConfig:
             ema_decay=self.ema_decay,
             seed=self.seed,
             report_every=self.report_every,
+            checkpoint_every=self.checkpoint_every,
         )
 
     @property

@@ -10,17 +10,20 @@ from types import FrameType
 class Interruption:
     """A context within which the two signals are kept: `requested` names the one that came, or is None.
 
-    Outside of the main thread, where Python delivers no signals, nothing is kept.
+    Args:
+        kept: False leaves the signals alone, for a run that could not be continued anyway. So does another thread than
+            the main one, where Python delivers no signals.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
-    def __init__(self) -> None:
+    def __init__(self, kept: bool = True) -> None:
+        self.kept = kept
         self.requested: str | None = None
         self._before: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> Interruption:
-        if threading.current_thread() is threading.main_thread():
+        if self.kept and threading.current_thread() is threading.main_thread():
             for number in self.SIGNALS:
                 self._before[number] = signal.signal(number, self._keep)
         return self

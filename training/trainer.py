@@ -83,7 +83,8 @@ class Trainer:
         data: where batches come from.
         config: of the run.
         roles: of each role that trains.
-        folder: where checkpoints go; None keeps none.
+        folder: where checkpoints go; None keeps none. With a folder, SIGTERM and SIGINT end the run after the iteration
+            that it is in, with a checkpoint.
 
     An iteration is one pass over the turns: a role whose turn is due is updated once, on `accumulation` micro-batches
     that all due roles of the iteration share.
@@ -123,7 +124,7 @@ class Trainer:
         """
         self._check_contract()
         ended = "finished"
-        with Interruption() as interruption:
+        with Interruption(kept=self.folder is not None) as interruption:
             while self.updaters[self.student].attempts < self.config.updates:
                 self.iterate()
                 if self._is_due(self.config.report_every):
@@ -167,7 +168,7 @@ class Trainer:
         return checkpoint.save(self.folder, self.iteration, self.state(), keep=self.config.keep_checkpoints)
 
     def resume(self) -> int | None:
-        """Continue from the newest whole checkpoint of `folder`: the student's updates so far, or None where there is none.
+        """Continue from the newest whole checkpoint: the student's updates so far, or None where there is none.
 
         Raises:
             CheckpointError: every checkpoint is damaged, or the newest is of another method, network or configuration;
