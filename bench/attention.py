@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastdistill.ops import attention, attention_sdpa
 
-from . import providers
+from . import attention_tiles, providers
 from .benchmark import Benchmark, Case, Inputs, Provider, cases
 from .roofline import Cost, pointwise
 
@@ -120,4 +121,5 @@ BENCHMARK = Benchmark(
         "unet": ("sd15", "sd21", "sdxl512", "sdxl1024"),
         "sdxl": ("sdxl512", "sdxl1024"),
     },
+    tilings=functools.partial(attention_tiles.tilings, cost),
 )

@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 
 import torch
 
+from .devices import DeviceSpec
 from .roofline import Cost
+from .tiling import Tiling
 
 # The ops that have a file here. One op, one name: `fastdistill.bench.<op>` holds its BENCHMARK.
 OPS = ("group_norm_silu", "layer_norm", "geglu", "attention")
@@ -99,6 +101,9 @@ class Benchmark:
     default: tuple[str, ...]
     # A name for several suites at once.
     suite_aliases: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    # How implementations divide a case, in a dtype and a mode, among the multiprocessors of a device: where an op's
+    # file counts it, predictions show it.
+    tilings: Callable[[Case, torch.dtype, str, DeviceSpec], Sequence[Tiling]] | None = None
 
     @property
     def suites(self) -> tuple[str, ...]:
