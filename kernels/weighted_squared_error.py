@@ -1,8 +1,8 @@
 """The weighted squared error in Triton: mean over samples of weight * mean of (x - (scale_a a + scale_b b))^2.
 
 Forward: one program adds up the squares of each tile, and, where there is more than one, another program adds up the
-tiles in order. Backward: grad_x = 2 weight grad / numel * (x - (scale_a a + scale_b b)), one launch. A tile is (samples,
-elements of a sample in the order of memory).
+tiles in order. Backward: grad_x = 2 weight grad / numel * (x - (scale_a a + scale_b b)), one launch. A tile is
+(samples, elements of a sample in the order of memory).
 """
 
 from __future__ import annotations
@@ -270,12 +270,14 @@ class Probe:
 
 def probes() -> Iterator[Probe]:
     f32, f16, bf16 = torch.float32, torch.float16, torch.bfloat16
-    for dtype, target in ((f32, f32), (bf16, f32), (bf16, bf16), (f16, f32), (f16, f16), (f32, bf16)):
-        # Latents at 512 px, batch 8; pixels at 512 px, batch 2; with one target and with two.
-        for columns, samples in ((4 * 64 * 64, 8), (3 * 512 * 512, 2)):
-            yield Probe(samples, columns, dtype, target, scaled=True)
-            yield Probe(samples, columns, dtype, target, two=True, scaled=True)
-            yield Probe(samples, columns, dtype, target, two=True)
+    latents, pixels = (8, 4 * 64 * 64), (2, 3 * 512 * 512)  # at 512 px
+    for dtype, target in ((f32, f32), (bf16, f32), (bf16, bf16)):
+        for shape in (latents, pixels):
+            yield Probe(*shape, dtype, target, scaled=True)
+            yield Probe(*shape, dtype, target, two=True)
+        yield Probe(*pixels, dtype, target, two=True, scaled=True)
+    for dtype, target in ((f16, f32), (f16, f16), (f32, bf16)):
+        yield Probe(*pixels, dtype, target, two=True, scaled=True)
     yield Probe(3, 4 * 65 * 63, f32, bf16, two=True, scaled=True, storage_offset=1, gap=3)
     yield Probe(2, 3 * 512 * 512 - 1, f16, bf16, scaled=True)
     yield Probe(70_000, 2, f32, f32, two=True)  # points of a plane

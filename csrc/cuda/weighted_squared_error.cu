@@ -55,6 +55,10 @@ struct Problem {
   PerSample scale_a, scale_b, weight;
 };
 
+// Vectors of each tensor that a thread has in flight. Four of 8 elements spill where ptxas aims at 64 registers.
+template <int V>
+constexpr int kBatch = V == 8 ? 2 : 4;
+
 // ---- device ---------------------------------------------------------------------------------------------------------
 
 __device__ Place place_of(const Problem& p) {
@@ -70,11 +74,11 @@ __device__ void for_differences(const Problem& p, const Place& place, const Load
   const T* b = static_cast<const T*>(p.b.data);
   if (b) b += place.row * p.b.stride;
   const float scale_a = p.scale_a.at(place.row), scale_b = p.scale_b.at(place.row);
-  for (int64_t first = place.column; first < place.end; first += kBatch * place.step) {
-    Vector<X, V> of_x[kBatch];
-    Vector<T, V> of_a[kBatch], of_b[kBatch];
+  for (int64_t first = place.column; first < place.end; first += kBatch<V> * place.step) {
+    Vector<X, V> of_x[kBatch<V>];
+    Vector<T, V> of_a[kBatch<V>], of_b[kBatch<V>];
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
+    for (int i = 0; i < kBatch<V>; ++i) {
       const int64_t c = first + i * place.step;
       if (c >= place.end) continue;
       of_x[i] = load(x + c);
@@ -82,7 +86,7 @@ __device__ void for_differences(const Problem& p, const Place& place, const Load
       if (b) of_b[i] = load(b + c);
     }
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
+    for (int i = 0; i < kBatch<V>; ++i) {
       const int64_t c = first + i * place.step;
       if (c >= place.end) continue;
       float d[V];

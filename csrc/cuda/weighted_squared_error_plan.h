@@ -10,7 +10,6 @@
 namespace fastdistill::cuda::weighted_squared_error {
 
 constexpr int kThreads = 512;
-constexpr int kBatch = 4;  // vectors of each tensor that a thread has in flight
 // Estimates. A call of up to 16 vectors per thread of one cluster (8 latents of 4x64x64 in float32) is left to it: its
 // sums meet in shared memory, in one launch. Larger ones get about four blocks for each of 132 multiprocessors.
 constexpr int kClusterVectors = 16;

@@ -153,7 +153,7 @@ def _check_scale(name, scale, x) -> None:
     if not isinstance(scale, torch.Tensor):
         if isinstance(scale, bool) or not isinstance(scale, (int, float)):
             raise TypeError(f"{name}: expected a number or a tensor, got {type(scale).__name__}")
-        if not math.isfinite(scale):
+        if not -math.inf < scale < math.inf:  # `isfinite` cannot be traced
             raise ValueError(f"{name}: expected a finite number, got {scale}")
         return
     if not scale.dtype.is_floating_point:
