@@ -119,7 +119,8 @@ def _split(scale: PerSample, batch: int) -> tuple[torch.Tensor | None, float]:
     """(tensor (B,) float32 or None, the value for all where there is none)."""
     if not isinstance(scale, torch.Tensor):
         return None, float(scale)
-    scale = _constant(scale).to(torch.float32)
+    scale = _constant(scale)
+    scale = scale if scale.dtype == torch.float32 else scale.to(torch.float32)
     return (scale.expand(batch) if scale.dim() == 0 else scale), 1.0
 
 
