@@ -151,3 +151,36 @@ def test_bad_input_names_the_argument_the_value_and_the_need():
     ):
         with pytest.raises(error, match=message):
             denoising_loss(*arguments, **options)
+
+
+def over_the_batch(call):
+    """Names of the ops that compute a number per sample, and those of the package."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    small, own = [], []
+
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            if function.namespace == "fastdistill":
+                own.append(str(function))
+            elif isinstance(result, torch.Tensor) and not function.is_view:
+                assert result.numel() <= 4, function
+                small.append(str(function))
+            return result
+
+    with Names():
+        call()
+    return small, own
+
+
+def test_a_call_is_one_op_and_as_many_over_the_batch_as_documented():
+    pred, data, noise, alpha, sigma = batch(dtype=torch.float32)
+    alpha, sigma = alpha.float(), sigma.float()
+    of_min_snr = {"epsilon": 4, "sample": 3, "v_prediction": 6, "flow_prediction": 5, "instaflow": 5}
+    for prediction_type, weighting in itertools.product(TARGETS, ("uniform", "min_snr")):
+        options = {"prediction_type": prediction_type, "weighting": weighting}
+        small, own = over_the_batch(lambda o=options: denoising_loss(pred, data, noise, alpha, sigma, **o))
+        expected = (prediction_type == "v_prediction") + (of_min_snr[prediction_type] if weighting == "min_snr" else 0)
+        assert len(small) == expected, (prediction_type, weighting, small)
+        assert own == ["fastdistill.weighted_squared_error.cpu"]
