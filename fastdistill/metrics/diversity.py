@@ -24,7 +24,7 @@ def diversity(fake: Features, fake_labels: Features, real: Features, real_labels
 
     Raises:
         TypeError, ValueError: not feature matrices of one width, labels that do not fit, a class with fewer than two
-            samples, a class of `fake_labels` that real data do not have.
+            samples, a class of `fake_labels` that real data do not have, a class of equal real samples.
     """
     fake, real = as_pair(("fake", "real"), fake, real)
     fake_labels = as_labels("fake_labels", fake_labels, len(fake))
@@ -33,10 +33,12 @@ def diversity(fake: Features, fake_labels: Features, real: Features, real_labels
     unknown = fake_labels[~torch.isin(fake_labels, classes)]
     if len(unknown):
         raise ValueError(f"fake_labels: class {int(unknown[0])} is not among real_labels")
-    ratios = [
-        _spread("fake_labels", fake, fake_labels, label) / _spread("real_labels", real, real_labels, label)
-        for label in classes.tolist()
-    ]
+    ratios = []
+    for label in classes.tolist():
+        real_spread = _spread("real_labels", real, real_labels, label)
+        if real_spread == 0:
+            raise ValueError(f"real: all samples of class {label} are equal, so there is no diversity to compare with")
+        ratios.append(_spread("fake_labels", fake, fake_labels, label) / real_spread)
     return torch.tensor(ratios, dtype=torch.float64)
 
 

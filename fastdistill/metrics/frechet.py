@@ -5,6 +5,7 @@ Heusel et al., arXiv 1706.08500: `|m_a - m_b|^2 + tr(A + B - 2 (A B)^1/2)`. With
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -102,19 +103,17 @@ class FrechetStatistics:
             ValueError: another suffix, or fewer than two samples. OutputError: the file cannot be written.
         """
         path = _checked(path)
-        arrays = {"mu": self.mean.cpu().numpy(), "sigma": self.covariance.cpu().numpy()}
+        arrays = {"mu": self.mean.cpu().numpy(), "sigma": self.covariance.cpu().contiguous().numpy()}
         if self.count is not None:
             arrays["count"] = np.array(self.count, dtype=np.int64)
         if path.suffix == ".npz":
-            import io
-
             buffer = io.BytesIO()
             np.savez(buffer, **arrays)
             content = buffer.getvalue()
         else:
             from safetensors.numpy import save
 
-            content = save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
+            content = save(arrays)
         write_files({path: content})
 
     @classmethod

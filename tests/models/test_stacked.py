@@ -45,12 +45,12 @@ def run_by_hand(unet, x, t, text):
     time = unet.time_embedding(unet.time_proj(t).to(x.dtype))
     skips = [x]
     for block in unet.down_blocks:
-        context = {"encoder_hidden_states": text} if block.has_cross_attention else {}
+        context = {"encoder_hidden_states": text} if hasattr(block, "attentions") else {}
         x, more = block(hidden_states=x, temb=time, **context)
         skips += more
     x = unet.mid_block(x, time, encoder_hidden_states=text)
     for block in unet.up_blocks:
-        context = {"encoder_hidden_states": text} if block.has_cross_attention else {}
+        context = {"encoder_hidden_states": text} if hasattr(block, "attentions") else {}
         last = len(block.resnets)
         x = block(hidden_states=x, temb=time, res_hidden_states_tuple=tuple(skips[-last:]), **context)
         skips = skips[:-last]
