@@ -10,6 +10,11 @@ Features = Tensor | np.ndarray
 """(N, D) one row per sample, any real dtype, any device."""
 
 
+def as_tensor(value: Features) -> Tensor:
+    """Without a graph; of an array a copy, which may be read-only or reversed, as no tensor can be."""
+    return torch.from_numpy(np.array(value)) if isinstance(value, np.ndarray) else value.detach()
+
+
 def as_features(name: str, value: Features, at_least: int = 1) -> Tensor:
     """`value` (N, D) as float64 without a graph, on its own device where that has float64, else on the CPU.
 
@@ -19,7 +24,7 @@ def as_features(name: str, value: Features, at_least: int = 1) -> Tensor:
     """
     if not isinstance(value, Tensor | np.ndarray):
         raise TypeError(f"{name}: {type(value).__name__}; needed a torch tensor or a numpy array (N, D)")
-    tensor = torch.as_tensor(value).detach()
+    tensor = as_tensor(value)
     if tensor.is_complex() or tensor.dtype == torch.bool:
         raise TypeError(f"{name}: dtype {tensor.dtype}; needed real numbers")
     if tensor.ndim != 2 or tensor.shape[1] == 0:
@@ -46,7 +51,9 @@ def as_pair(names: tuple[str, str], a: Features, b: Features, at_least: int = 1)
 
 def as_labels(name: str, value: Features, count: int) -> Tensor:
     """`value` (count,) integers, as int64 on the CPU."""
-    labels = torch.as_tensor(value).detach()
+    if not isinstance(value, Tensor | np.ndarray):
+        raise TypeError(f"{name}: {type(value).__name__}; needed a torch tensor or a numpy array (N,)")
+    labels = as_tensor(value)
     if labels.shape != (count,):
         raise ValueError(f"{name}: shape {tuple(labels.shape)}; needed ({count},), one per sample")
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:

@@ -9,6 +9,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ._features import as_tensor
+
 Images = Tensor | np.ndarray | Sequence[Image.Image]
 """Tensor (N, 1 or 3, H, W), array (N, H, W, 1 or 3), as diffusers returns them: uint8, or floating in [0, 1]; or PIL
 images."""
@@ -22,7 +24,7 @@ def as_bytes(images: Images) -> Tensor:
     """
     if not isinstance(images, Tensor | np.ndarray):
         return _from_pictures(images)
-    tensor = torch.as_tensor(images).detach()
+    tensor = as_tensor(images)
     needed = "(N, 1 or 3, H, W)" if isinstance(images, Tensor) else "(N, H, W, 1 or 3), as numpy images are"
     if tensor.ndim == 4 and isinstance(images, np.ndarray):
         tensor = tensor.permute(0, 3, 1, 2)

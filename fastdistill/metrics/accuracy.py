@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from ._features import Features, as_labels
+from ._features import Features, as_labels, as_tensor
 
 
 @torch.no_grad()
@@ -41,7 +41,7 @@ def classifier_accuracy(
 def _classes(answer: Features, count: int) -> torch.Tensor:
     if not isinstance(answer, torch.Tensor | np.ndarray):
         raise ValueError(f"classifier: it returned {type(answer).__name__}; needed a tensor or an array")
-    answer = torch.as_tensor(answer)
+    answer = as_tensor(answer)
     if answer.ndim == 2 and len(answer) == count and answer.shape[1]:
         return answer.argmax(dim=1).cpu()
     if answer.shape == (count,) and not answer.is_floating_point():

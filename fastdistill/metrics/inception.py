@@ -104,6 +104,8 @@ def _torch_fidelity(weights: Path, device: str | torch.device) -> Callable[[Tens
             "inception-v3-compat", ["2048"], feature_extractor_weights_path=str(weights)
         )
     except (RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
-        raise ValueError(f"inception: {weights} holds no weights of torch-fidelity's Inception: {error}") from error
+        # torch's advice for a file that is more than tensors is to run the code in it.
+        why = "no file of tensors" if isinstance(error, pickle.UnpicklingError | EOFError) else str(error)[:200]
+        raise ValueError(f"inception: {weights} holds no weights of torch-fidelity's Inception: {why}") from error
     network = network.to(device).eval()
     return lambda images: network(images)[0]

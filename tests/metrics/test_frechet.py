@@ -84,6 +84,13 @@ def test_tensors_and_arrays_of_any_dtype_count_in_float64(dtype):
     assert frechet_distance(a.float().requires_grad_() if dtype == torch.float32 else a, b) == expected
 
 
+def test_read_only_and_reversed_arrays_are_taken():
+    a, b = sample(0, 30, 4), sample(1, 20, 4)
+    expected = frechet_distance(a, b)
+    a.flags.writeable = False
+    assert frechet_distance(a[::-1], b[::-1]) == pytest.approx(expected, rel=1e-12)
+
+
 @given(st.lists(st.integers(0, 20), min_size=1, max_size=6), st.integers(0, 99))
 @settings(max_examples=30, deadline=None)
 def test_batches_give_the_mean_and_covariance_of_the_whole(sizes, seed):
