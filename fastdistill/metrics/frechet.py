@@ -74,7 +74,7 @@ class FrechetStatistics:
     def mean(self) -> Tensor:
         """(D,) float64."""
         self._need(1)
-        return self._mean
+        return self._mean.clone()
 
     @property
     def covariance(self) -> Tensor:

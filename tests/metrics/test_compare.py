@@ -46,11 +46,12 @@ def test_features_in_files_have_the_figures_of_the_functions(tmp_path, features)
 def test_pictures_are_averaged_over_areas_of_any_size_and_mode(tmp_path):
     folder = tmp_path / "pictures"
     (folder / "within").mkdir(parents=True)
-    pixels = np.kron(np.array([[0, 255], [51, 102]], dtype=np.uint8), np.ones((6, 6), dtype=np.uint8))
+    pixels = np.kron(np.array([[20, 235], [51, 102]]), np.ones((6, 6), dtype=int))
+    pixels = (pixels + 20 * (-1) ** np.arange(12)).astype(np.uint8)  # stripes of that mean
     Image.fromarray(pixels).save(folder / "a.PNG")
     Image.fromarray(pixels[::3, ::3]).convert("RGBA").save(folder / "b.webp", lossless=True)
     (folder / "notes.txt").write_text("no picture")
-    expected = np.repeat([-1.0, 1.0, -0.6, -0.2], 3)  # each pixel's three channels
+    expected = np.repeat(np.array([20, 235, 51, 102]) / 127.5 - 1, 3)  # each pixel's three channels
     np.testing.assert_allclose(read_features(folder, size=2), [expected, expected], atol=1e-12)
     assert read_features(folder).shape == (2, 8 * 8 * 3)
 

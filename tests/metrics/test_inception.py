@@ -18,6 +18,16 @@ def features(images):
     return torch.cat([images.float().mean(dim=(2, 3)), images.float().std(dim=(2, 3))], dim=1)
 
 
+class Code:
+    """What a file that is more than weights does to who unpickles it."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return self.path.touch, ()
+
+
 @pytest.fixture
 def sets():
     generator = torch.Generator().manual_seed(0)
@@ -53,7 +63,7 @@ def test_a_file_is_given_to_torch_fidelitys_network(sets, tmp_path, monkeypatch)
             super().__init__()
             asked.append((name, features_list))
             self.scale = torch.nn.Parameter(torch.empty(()))
-            self.load_state_dict(torch.load(feature_extractor_weights_path, weights_only=True))
+            self.load_state_dict(torch.load(feature_extractor_weights_path, weights_only=False))
 
         def forward(self, images):
             return (features(images) * self.scale,)
@@ -73,10 +83,11 @@ def test_a_file_is_given_to_torch_fidelitys_network(sets, tmp_path, monkeypatch)
     torch.save({"weight": torch.zeros(2)}, tmp_path / "other.pth")
     (tmp_path / "text.pth").write_text("no weights")
     (tmp_path / "empty.pth").write_text("")
-    torch.save({"scale": print}, tmp_path / "code.pth")
+    torch.save(Code(tmp_path / "was-run"), tmp_path / "code.pth")
     for name in ("other.pth", "text.pth", "empty.pth", "code.pth"):
         with pytest.raises(ValueError, match=rf"{name} holds no weights of torch-fidelity's Inception"):
             fid(real, fake, str(tmp_path / name))
+    assert not (tmp_path / "was-run").exists()
 
 
 def test_without_torch_fidelity_a_file_is_refused_with_the_extra_that_helps(sets, monkeypatch):

@@ -57,6 +57,22 @@ def test_a_point_on_the_sphere_counts_as_inside():
     assert precision_recall(real, torch.tensor([[-1.0], [5.0], [-1.01], [5.01]]), k=1).precision == 0.5
 
 
+@pytest.mark.parametrize("scale", [0.1, 0.3, 1 / 7, 2**0.5])
+def test_rounding_throws_nobody_off_the_sphere(scale):
+    real = scale * torch.arange(5, dtype=torch.float64)[:, None]
+    ends = scale * torch.tensor([[-1.0], [5.0], [-1.0], [5.0]], dtype=torch.float64)
+    assert precision_recall(real, ends, k=1).precision == 1
+
+
+def test_a_common_offset_costs_no_digits():
+    generator = np.random.default_rng(0)
+    # multiples of 2^-10, to which 1e8 is added without rounding
+    real, fake = (generator.integers(-2048, 2048, size=(40, 3)) / 1024 + shift for shift in (0.0, 0.5))
+    expected = precision_recall(real, fake)
+    assert 0 < expected.precision < 1
+    assert precision_recall(real + 1e8, fake + 1e8) == expected
+
+
 def test_tensors_and_arrays_count_the_same():
     real, fake = torch.randn(20, 3), torch.randn(30, 3)
     assert precision_recall(real, fake) == precision_recall(real.numpy(), fake)
