@@ -5,7 +5,7 @@ A result may be off by twice what PyTorch itself is off by in the same dtype, pl
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +33,11 @@ class Accuracy:
     def ok(self) -> bool:
         return self.error <= self.allowed  # false for NaN
 
+    @property
+    def share(self) -> float:
+        """Of what is allowed; infinite for NaN, which is worse than any number."""
+        return self.error / self.allowed if self.error == self.error else float("inf")
+
 
 def allowed_error(baseline_error: float, largest: float, dtype: torch.dtype, *, large_mean: bool = False) -> float:
     """2 x the baseline's error + floor * max(1, largest |exact value|). `large_mean`: |mean| > 10 std in the input."""
@@ -47,9 +52,22 @@ def compare(
     dtype: torch.dtype,
 ) -> Accuracy:
     """Over results by name; `dtype` is the one they were computed in."""
-    found = [_compare(name, ours[name], baseline[name], exact[name], dtype) for name in exact]
-    # A NaN is worse than any number.
-    return max(found, key=lambda a: float("inf") if a.error != a.error else a.error / a.allowed)
+    return worst(each(ours, baseline, exact, dtype))
+
+
+def each(
+    ours: Mapping[str, torch.Tensor],
+    baseline: Mapping[str, torch.Tensor],
+    exact: Mapping[str, torch.Tensor],
+    dtype: torch.dtype,
+) -> tuple[Accuracy, ...]:
+    """Like `compare`, of every result."""
+    return tuple(_compare(name, ours[name], baseline[name], exact[name], dtype) for name in exact)
+
+
+def worst(found: Iterable[Accuracy]) -> Accuracy:
+    """The one that is nearest to its limit."""
+    return max(found, key=lambda accuracy: accuracy.share)
 
 
 def _compare(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastdistill.ops import attention, attention_sdpa
 
-from . import providers
+from . import attention_tiles, providers
 from .benchmark import Benchmark, Case, Inputs, Provider, cases
 from .roofline import Cost, pointwise
 
@@ -36,6 +37,8 @@ SITES = {
 
 # Float64 weights held at a time where an exact result is computed: 128 MiB.
 _EXACT_WEIGHTS = 1 << 24
+# Of a forward pass, where errors alone are computed on a CPU: every site but the VAE's at 1024 px.
+_CPU_FLOPS = 1 << 36
 
 
 def cost(case: Case, dtype: torch.dtype, mode: str) -> Cost:
@@ -63,6 +66,17 @@ def setup(case: Case, dtype: torch.dtype, layout: str, device: torch.device) -> 
 
     tensors = {"q": activation(queries, 2.0), "k": activation(keys), "v": activation(keys)}
     return Inputs(tensors, {"o": activation(queries)})
+
+
+def smaller(case: Case, interpreted: bool) -> Case:
+    """Part of the queries with all keys, where there are too many for a CPU; in the interpreter part of both, and one
+    head. A result of attention depends on one head, and a query's on no other query."""
+    heads, queries, keys, width = case.shape
+    if interpreted:
+        return dataclasses.replace(case, shape=(1, min(queries, 33), min(keys, 97), width))
+    while 4 * heads * queries * keys * width > _CPU_FLOPS:
+        queries //= 2
+    return dataclasses.replace(case, shape=(heads, queries, keys, width))
 
 
 def eager(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -120,4 +134,6 @@ BENCHMARK = Benchmark(
         "unet": ("sd15", "sd21", "sdxl512", "sdxl1024"),
         "sdxl": ("sdxl512", "sdxl1024"),
     },
+    smaller=smaller,
+    tilings=functools.partial(attention_tiles.tilings, cost),
 )

@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 
 import torch
 
+from .devices import DeviceSpec
 from .roofline import Cost
+from .tiling import Tiling
 
 # The ops that have a file here. One op, one name: `fastdistill.bench.<op>` holds its BENCHMARK.
-OPS = ("group_norm_silu", "layer_norm", "geglu", "attention")
+OPS = ("group_norm_silu", "layer_norm", "geglu", "attention", "weighted_squared_error")
 
 
 class UnknownName(ValueError):
@@ -99,6 +101,12 @@ class Benchmark:
     default: tuple[str, ...]
     # A name for several suites at once.
     suite_aliases: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    # The case that stands for one whose error alone is computed on a CPU, where that would take too long; the flag:
+    # whether kernels run in Triton's interpreter.
+    smaller: Callable[[Case, bool], Case] = lambda case, interpreted: case
+    # How implementations divide a case, in a dtype and a mode, among the multiprocessors of a device: where an op's
+    # file counts it, predictions show it.
+    tilings: Callable[[Case, torch.dtype, str, DeviceSpec], Sequence[Tiling]] | None = None
 
     @property
     def suites(self) -> tuple[str, ...]:

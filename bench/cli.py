@@ -15,7 +15,7 @@ from rich.console import Console
 
 from fastdistill.ops import BackendError
 
-from . import benchmark, changes, devices, environment, execution, rows
+from . import benchmark, changes, devices, environment, errors, execution, rows
 from .modes import MODES
 from .predict import print_predictions
 from .report import print_report
@@ -38,7 +38,9 @@ def bench(
         list[str] | None,
         typer.Argument(metavar="OP...", help=f"{', '.join((*benchmark.OPS, *WHOLE))}, or all", show_default=False),
     ] = None,
-    mode: Annotated[str, typer.Option(help=f"of {', '.join(MODES)}")] = "forward",
+    mode: Annotated[
+        str | None, typer.Option(help=f"of {', '.join(MODES)}  [default: forward, with --accuracy full]")
+    ] = None,
     dtype: Annotated[str, typer.Option(help=f"of {', '.join(DTYPES)}")] = "float32,bfloat16",
     layout: Annotated[str, typer.Option(help="of the op's layouts: contiguous, channels_last; or all")] = ALL,
     shapes: Annotated[str, typer.Option(help="suites (unet, sd15, sdxl, vae) or shapes (1280x8x8); or all")] = ALL,
@@ -68,6 +70,9 @@ def bench(
     out: Annotated[Path | None, typer.Option(help="folder for results.jsonl (merged) and plots")] = None,
     baseline: Annotated[Path | None, typer.Option(help="compare with this results.jsonl")] = None,
     threshold: Annotated[float, typer.Option(min=0, help="of --baseline: slower by more than this is a failure")] = 0.1,
+    accuracy: Annotated[
+        bool, typer.Option("--accuracy", help="errors of every backend and result alone, nothing is timed")
+    ] = False,
     profile: Annotated[Path | None, typer.Option(help="folder for a trace; nothing is timed")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="list the rows instead of measuring them")] = False,
 ) -> None:
@@ -82,7 +87,8 @@ def bench(
     try:
         names = _names(ops, device_spec)
         chosen = [benchmark.load(name) for name in names if name not in WHOLE]
-        modes, dtypes = _choices("--mode", mode, tuple(MODES)), _choices("--dtype", dtype, tuple(DTYPES))
+        modes = _choices("--mode", mode or ("full" if accuracy else "forward"), tuple(MODES))
+        dtypes = _choices("--dtype", dtype, tuple(DTYPES))
         cases = benchmark.select_cases(chosen, None if shapes == ALL else _split("--shapes", shapes))
         if device_spec is not None:
             _predict(device_spec, [*zip(chosen, cases)], modes, dtypes)
@@ -90,6 +96,8 @@ def bench(
         _check_device(device, needed=not dry_run)
         caches = ("hot",) if cache is None and device == "cpu" else _choices("--cache", cache or ALL, CACHES[device])
         wanted = benchmark.select_providers(chosen, None if providers is None else _split("--providers", providers))
+        if accuracy and providers is None:
+            wanted = [errors.unasked(each) for each in chosen]
         layouts = benchmark.select_layouts(chosen, None if layout == ALL else _split("--layout", layout))
         samples = pairs or PAIRS[device]
         before = None if baseline is None else (str(baseline), _read("--baseline", baseline))
@@ -100,6 +108,9 @@ def bench(
             for op, of, by, lying in zip(chosen, cases, wanted, layouts)
             if of and by and lying
         ]
+        if accuracy:
+            _errors(selections, environment.describe(device))
+            return
         if budget is not None:
             selections = [tier for selection in selections for tier in selection.tiers()]
         whole = execution.whole_jobs([name for name in names if name in WHOLE], device, samples, gpu)
@@ -129,6 +140,18 @@ def bench(
         _write(measured, described, out)
     slower = before is not None and _compare(measured, described, *before, threshold)
     if _failed(measured, selections) or slower:
+        raise typer.Exit(EXIT_FAILED)
+
+
+def _errors(selections: Sequence[Selection], described: dict[str, object]) -> None:
+    if not selections:
+        raise _UsageError(f"--accuracy computes the errors of ops, not of {', '.join(WHOLE)}")
+    found = errors.compute(selections, Console(stderr=True))
+    errors.print_errors(found, described, Console())
+    if not any(row.found for row in found):
+        typer.echo("error: nothing was computed; the reasons stand above", err=True)
+        raise typer.Exit(EXIT_FAILED)
+    if any(row.failed for row in found):
         raise typer.Exit(EXIT_FAILED)
 
 

@@ -54,3 +54,45 @@ def print_predictions(
         style="dim",
         soft_wrap=True,
     )
+    _print_tilings([pair for pair in chosen if pair[0].tilings], modes, dtypes, device, console)
+
+
+def _print_tilings(
+    chosen: Sequence[tuple[Benchmark, Sequence[Case]]],
+    modes: Sequence[str],
+    dtypes: Sequence[str],
+    device: DeviceSpec,
+    console: Console,
+) -> None:
+    """A line per op, mode, dtype, case and implementation."""
+    if not chosen or device.multiprocessors is None:
+        return
+    table = Table(box=box.SIMPLE_HEAD)
+    for heading in ("op", "mode", "dtype", "shape", "by", "tiles"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("useful MFLOP", "padded MFLOP", "useful", "blocks", "waves", "MB", "predicted us"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for (benchmark, cases), mode, dtype in itertools.product(chosen, modes, dtypes):
+        for case in cases:
+            useful = benchmark.cost(case, DTYPES[dtype], mode).flops
+            for tiling in benchmark.tilings(case, DTYPES[dtype], mode, device):
+                done = tiling.cost
+                table.add_row(
+                    *(benchmark.op, mode, dtype, case.name, tiling.by, tiling.tiles),
+                    *(f"{useful / 1e6:.1f}", f"{done.flops / 1e6:.1f}", f"{100 * useful / done.flops:.0f} %"),
+                    *(tiling.blocks, tiling.waves(device.multiprocessors), f"{done.bytes / 1e6:.2f}"),
+                    f"{tiling.us(DTYPES[dtype], device):.2f}",
+                )
+        table.add_section()
+    console.print(Text(f"COUNTED, not measured: tiles on {device.multiprocessors} multiprocessors"), soft_wrap=True)
+    print_wide(console, table)
+    console.print(
+        Text(
+            "padded MFLOP: operations of whole tiles; useful: the share of them that is not padding or done twice. "
+            "Kernels of one call stand in their order, joined by +. waves: with one block on a multiprocessor at a "
+            "time. predicted us: padding included, on a device that every kernel fills, which less than a wave does "
+            "not."
+        ),
+        style="dim",
+        soft_wrap=True,
+    )

@@ -1,4 +1,4 @@
-"""The command `fastdistill`: info, generate, demo, bench, tune, train.
+"""The command `fastdistill`: info, generate, demo, metrics, bench, tune, train.
 
 The roof of the house: each command imports its room when it is called, so that `--help` needs neither torch nor
 diffusers. Whatever a user can get wrong ends in one line on stderr and exit code 2; Ctrl-C in one line and 130.
@@ -259,6 +259,27 @@ def _command_line(ctx: typer.Context) -> str:
         if value is not None and str(value) != str(option.default):
             words += [option.opts[0], str(value)]
     return shlex.join(words)
+
+
+@app.command()
+def metrics(
+    real: Annotated[Path, typer.Argument(metavar="REAL", help="A folder of pictures, or features (N, D): .npy, .npz.")],
+    fake: Annotated[Path, typer.Argument(metavar="FAKE", help="The set to be judged, of the same kind.")],
+    size: Annotated[int, typer.Option(min=1, help="Pictures are area-averaged to SIZE x SIZE pixels.")] = 8,
+    k: Annotated[int, typer.Option(min=1, help="Neighbours, for precision and recall.")] = 3,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of lines.")] = False,
+) -> None:
+    """Compare two sets: Frechet distance, precision, recall, sliced Wasserstein distance, of pixels or features."""
+    import json
+
+    from fastdistill.metrics.compare import compare
+
+    figures = compare(real, fake, size, k)
+    if as_json:
+        print(json.dumps(figures))
+        return
+    for name, value in figures.items():
+        print(f"{name.replace('_', ' '):20}{value:.4f}" if isinstance(value, float) else f"{name:20}{value}")
 
 
 _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}

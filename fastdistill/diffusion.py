@@ -4,8 +4,8 @@ Everything here rests on one equation and one table. A noisy sample is
 
     x_t = alpha * data + sigma * noise
 
-and a network predicts some other combination `a * data + b * noise`, with (a, b) from `_prediction_row`. Two linear
-equations in the unknowns (data, noise): whatever is asked for follows by Cramer's rule, on any path (variance
+and a network predicts some other combination `a * data + b * noise`, with (a, b) from `prediction_coefficients`. Two
+linear equations in the unknowns (data, noise): whatever is asked for follows by Cramer's rule, on any path (variance
 preserving, flow, or neither).
 
 Sources: epsilon DDPM arXiv 2006.11239 · v 2202.00512 · DDIM step 2010.02502 · zero-terminal SNR 2305.08891 ·
@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow_prediction", "instaflow")
+FLOW_CONVENTIONS = ("instaflow", "sd3")
 TIMESTEP_SPACINGS = ("leading", "trailing", "linspace")
 
 
@@ -39,16 +40,78 @@ def check_prediction_type(prediction_type: str) -> str:
     return prediction_type
 
 
-def _prediction_row(prediction_type: str, alpha: Tensor, sigma: Tensor) -> tuple[Tensor | float, Tensor | float]:
-    """(a, b) such that the network's output is `a * data + b * noise`."""
-    rows = {
-        "epsilon": (0.0, 1.0),
-        "sample": (1.0, 0.0),
-        "v_prediction": (-sigma, alpha),  # diffusers: get_velocity
-        "flow_prediction": (-1.0, 1.0),  # SD3, FLUX: noise - data
-        "instaflow": (1.0, -1.0),  # InstaFlow, rectified flow: data - noise, its time runs towards data
-    }
-    return rows[check_prediction_type(prediction_type)]
+def prediction_coefficients(
+    prediction_type: str, alpha: Tensor | float, sigma: Tensor | float
+) -> tuple[Tensor | float, Tensor | float]:
+    """(a, b) such that the network's output is `a * data + b * noise`: floats, or shaped as alpha and sigma.
+
+    Raises:
+        ValueError: unknown type.
+    """
+    if check_prediction_type(prediction_type) == "v_prediction":
+        return -sigma, alpha  # diffusers: get_velocity
+    return _CONSTANT_COEFFICIENTS[prediction_type]
+
+
+_CONSTANT_COEFFICIENTS = {
+    "epsilon": (0.0, 1.0),
+    "sample": (1.0, 0.0),
+    "flow_prediction": (-1.0, 1.0),  # SD3, FLUX: noise - data
+    "instaflow": (1.0, -1.0),  # InstaFlow, rectified flow: data - noise, its time runs towards data
+}
+
+
+def check_flow_convention(convention: str) -> str:
+    """Return `convention` if it is one of `FLOW_CONVENTIONS`, else raise a ValueError that lists them."""
+    if convention not in FLOW_CONVENTIONS:
+        raise ValueError(f"convention must be one of {', '.join(FLOW_CONVENTIONS)}; got {convention!r}")
+    return convention
+
+
+def flow_ends(data: Tensor, noise: Tensor, convention: str) -> tuple[Tensor, Tensor]:
+    """(start, end) of the straight path, at t = 0 and t = 1, in either direction of time.
+
+    On it `x_t = start + t * (end - start)`, and the velocity, which is what the network predicts, is `end - start`:
+    "instaflow" runs from noise to data (arXiv 2209.03003, 2309.06380), "sd3" from data to noise (2403.03206).
+    """
+    return (noise, data) if check_flow_convention(convention) == "instaflow" else (data, noise)
+
+
+def noise_time(convention: str) -> float:
+    """The t at which a flow is pure noise: 0 for "instaflow", 1 for "sd3"."""
+    return 0.0 if check_flow_convention(convention) == "instaflow" else 1.0
+
+
+def snr_weight(
+    alpha: Tensor, sigma: Tensor, prediction_type: str = "epsilon", *, gamma: float | None = None
+) -> Tensor | float:
+    """What a prediction's squared error is multiplied with so that it counts as `SNR * ||error of the data||^2`.
+
+    SNR is alpha^2 / sigma^2, cut off at `gamma` where given: Min-SNR (arXiv 2303.09556). Since the data implied by a
+    prediction is off by sigma / d times the prediction's error, the weight is `min(alpha^2, gamma * sigma^2) / d^2`
+    with d = alpha for "epsilon", sigma for "sample", alpha^2 + sigma^2 for "v_prediction" and alpha + sigma for the
+    flows. So with gamma it is min(SNR, gamma) / SNR, min(SNR, gamma), min(SNR, gamma) / (SNR + 1) (variance
+    preserving) and min(SNR, gamma) / (sqrt(SNR) + 1)^2; without it 1, SNR, SNR / (SNR + 1) and
+    SNR / (sqrt(SNR) + 1)^2.
+
+    Args:
+        alpha, sigma: () or (B,), not negative.
+        gamma: positive, or None for the plain SNR.
+
+    Returns:
+        As alpha and sigma broadcast, finite everywhere but for "sample" without gamma at sigma = 0: infinite there. The
+        float 1 for "epsilon" without gamma.
+    """
+    check_prediction_type(prediction_type)
+    if prediction_type == "epsilon":
+        # Not divided by alpha^2 at last, which can be 0: the weight is 1 there.
+        return 1.0 if gamma is None else (sigma * gamma**0.5 / alpha).clamp(max=1.0).square()
+    if prediction_type == "sample":
+        root = alpha / sigma
+        return (root if gamma is None else root.clamp(max=gamma**0.5)).square()
+    least = alpha if gamma is None else torch.minimum(alpha, sigma * gamma**0.5)
+    divisor = torch.hypot(alpha, sigma).square() if prediction_type == "v_prediction" else alpha + sigma
+    return (least / divisor).square()
 
 
 def convert(
@@ -82,8 +145,8 @@ def convert(
         _refuse_zero("sigma", sigma, 'a "sample" prediction', "there x_t contains no noise")
     dtype = _compute_dtype(pred, x_t)
     alpha, sigma = _per_sample("alpha", alpha, x_t, dtype), _per_sample("sigma", sigma, x_t, dtype)
-    a, b = _prediction_row(source, alpha, sigma)
-    c, d = _prediction_row(target, alpha, sigma)
+    a, b = prediction_coefficients(source, alpha, sigma)
+    c, d = prediction_coefficients(target, alpha, sigma)
     determinant = alpha * b - sigma * a
     from_x_t = (c * b - d * a) / determinant
     from_pred = (d * alpha - c * sigma) / determinant
@@ -123,7 +186,7 @@ def training_target(
     _check_pair("data", data, "noise", noise)
     dtype = _compute_dtype(data, noise)
     alpha, sigma = _per_sample("alpha", alpha, data, dtype), _per_sample("sigma", sigma, data, dtype)
-    a, b = _prediction_row(prediction_type, alpha, sigma)
+    a, b = prediction_coefficients(prediction_type, alpha, sigma)
     return (a * data.to(dtype) + b * noise.to(dtype)).to(torch.promote_types(data.dtype, noise.dtype))
 
 

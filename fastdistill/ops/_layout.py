@@ -76,12 +76,18 @@ def samples_in_step(*tensors: torch.Tensor) -> bool:
     Each sample must be dense, in the same order in every tensor. Samples may be any distance apart (`stride(0)`) that
     keeps them from overlapping, in each tensor another.
     """
-    shape, strides = tensors[0].shape, _inner_strides(tensors[0])
-    size = 1
-    for step, length in sorted(zip(strides, shape[1:])):
-        if length > 1 and step != size:
+    shape = tensors[0].shape
+    if all(t.shape == shape and t.is_contiguous() for t in tensors):  # the usual case, without walking the strides
+        return True
+    strides = _inner_strides(tensors[0])
+    # From the innermost dimension out, without sorting: torch.compile does not sort what it does not know.
+    size, left = 1, [(step, length) for step, length in zip(strides, shape[1:]) if length > 1]
+    while left:
+        inner = [dimension for dimension in left if dimension[0] == size]
+        if len(inner) != 1:
             return False
-        size *= length
+        size *= inner[0][1]
+        left = [dimension for dimension in left if dimension is not inner[0]]
     batch_strides = [t.stride(0) for t in tensors]
     same_order = all(t.shape == shape and _inner_strides(t) == strides for t in tensors[1:])
     return same_order and (shape[0] <= 1 or all(step >= size for step in batch_strides))

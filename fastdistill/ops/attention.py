@@ -307,8 +307,9 @@ class _Refusal(torch.autograd.Function):
 
 def _no_double_backward(backend: str) -> RuntimeError:
     return RuntimeError(
-        f"attention on backend {backend!r} has first derivatives only. For a gradient penalty use one of the R1 modes "
-        'that need no second derivative ("approximate", "finite_difference"), or backend="reference", which has them'
+        f"attention on backend {backend!r} has first derivatives only. For a gradient penalty use "
+        'fastdistill.losses.r1_penalty with mode "approximate" or "finite_difference", which need no second one, '
+        'or backend="reference", which has them'
     )
 
 

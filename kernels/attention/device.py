@@ -44,8 +44,9 @@ def store_tile(ptr, rows, row_stride, end, limit, tile, SLICES: tl.constexpr, MA
 @triton.jit
 def zero_tile(ROWS: tl.constexpr, SLICES: tl.constexpr):
     tile = ()
+    # Not tl.zeros: up to Triton 3.6 no plain integer, as a constexpr tuple's are, may be passed on inside a shape.
     for i in tl.static_range(len(SLICES)):
-        tile = tile + (tl.zeros((ROWS, SLICES[i][1]), tl.float32),)
+        tile = tile + (tl.full((ROWS, SLICES[i][1]), 0.0, tl.float32),)
     return tile
 
 

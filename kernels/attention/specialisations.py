@@ -59,7 +59,7 @@ def probes() -> Iterator[Probe]:
     # The widest of each kind of tile.
     for head_dim in (128, 256):
         yield Probe(16, 8, 1024, 1023, head_dim)
-    for keys, head_dim in ((128, 96), (112, 112)):
+    for keys, head_dim in ((128, 96), (112, 112), (80, 128)):
         yield Probe(16, 8, 1023, keys, head_dim)
     for head_dim in (64, 160, 512):
         yield Probe(4, 2, 1024, 1024, head_dim, torch.float32)

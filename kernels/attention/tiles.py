@@ -22,7 +22,9 @@ MAX_SLICED = 256
 MAX_SHORT_KEYS = 128
 MAX_SHORT_ELEMENTS = 80 * 160
 MAX_SHORT_BACKWARD_KEYS = 80
-MAX_SHORT_BACKWARD_HEAD = 64
+# With 77 keys a head of 160 spills whatever its steps, warps and slices are: 24 bytes per thread for sm_90 and 104 for
+# sm_80 at best, with 16 queries, 8 warps and a head of 128 + 32.
+MAX_SHORT_BACKWARD_HEAD = 128
 
 # Wider heads are computed in two parts by two programs, each of which takes the whole q k^T.
 MAX_UNDIVIDED_FORWARD = 256
@@ -187,7 +189,7 @@ def backward_tile(rows: int, others: int, problem: Problem, processors: int, spl
 
 def short_backward_tile(problem: Problem, processors: int) -> Tile:
     """Own rows: all keys; other side: queries, split over as many programs as there are multiprocessors."""
-    step = 32
+    step = 32 if problem.head_dim <= 64 else 16
     steps = triton.cdiv(problem.queries, step)
     wanted = max(1, min(processors // problem.heads, steps))
     per_split = triton.cdiv(steps, wanted) * step

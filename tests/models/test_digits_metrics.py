@@ -1,6 +1,5 @@
 """The figures of the digits models mean what they say."""
 
-import numpy as np
 import pytest
 import torch
 
@@ -11,38 +10,6 @@ from fastdistill.models.digits.data import load_digits
 @pytest.fixture(scope="module")
 def digits():
     return load_digits()
-
-
-def test_a_set_has_distance_zero_to_itself():
-    rows = np.random.default_rng(0).normal(size=(200, 64))
-    assert metrics.frechet_distance(rows, rows) == pytest.approx(0, abs=1e-9)
-
-
-def test_shifted_and_scaled_gaussians_have_the_closed_form():
-    rows = np.random.default_rng(0).normal(size=(500, 6))
-    shift = np.arange(6.0)
-    assert metrics.frechet_distance(rows, rows + shift) == pytest.approx((shift**2).sum(), rel=1e-9)
-    # N(m, S) and N(3 m, 9 S): |2 m|^2 + tr(S + 9 S - 2 * 3 S)
-    expected = (2 * rows.mean(axis=0)) @ (2 * rows.mean(axis=0)) + 4 * np.trace(np.cov(rows, rowvar=False))
-    assert metrics.frechet_distance(rows, 3 * rows) == pytest.approx(expected, rel=1e-9)
-
-
-def test_the_distance_is_symmetric_and_sees_correlations():
-    generator = np.random.default_rng(1)
-    a = generator.normal(size=(4000, 2))
-    b = np.stack([a[:, 0], 0.6 * a[:, 0] + 0.8 * a[:, 1]], axis=1)  # same variances, correlation 0.6
-    there, back = metrics.frechet_distance(a, b), metrics.frechet_distance(b, a)
-    assert there == pytest.approx(back, rel=1e-9)
-    # tr(I + B - 2 B^1/2) with eigenvalues 1.6 and 0.4 of B
-    assert there == pytest.approx(4 - 2 * (1.6**0.5 + 0.4**0.5), abs=0.02)
-
-
-def test_constant_pixels_do_not_disturb_the_distance():
-    rows = np.random.default_rng(2).normal(size=(100, 5))
-    padded = np.concatenate([rows, np.full((100, 3), -1.0)], axis=1)
-    assert metrics.frechet_distance(padded, 2 * padded + 1) == pytest.approx(
-        metrics.frechet_distance(rows, 2 * rows + 1), rel=1e-9
-    )
 
 
 def test_real_digits_score_perfectly(digits):
@@ -88,7 +55,7 @@ def test_noise_is_far_from_the_digits():
         (torch.zeros(2, 1, 8, 8), r"\(2, 1, 8, 8\)"),
         (torch.zeros(2, 1, 32, 32, dtype=torch.uint8), "uint8"),
         (torch.full((2, 1, 32, 32), torch.nan), "not finite"),
-        (torch.zeros(1, 1, 32, 32), "n, m >= 2"),
+        (torch.zeros(1, 1, 32, 32), "1 samples; needed 2 or more"),
     ],
 )
 def test_bad_images_are_named(images, message):

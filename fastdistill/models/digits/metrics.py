@@ -13,6 +13,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from fastdistill import metrics
+
 from .data import load_originals
 
 CLASSES = 10
@@ -53,12 +55,12 @@ def frechet(images: torch.Tensor) -> float:
 
     It depends on the number of images (fewer: larger); the project's figures use 1000, 100 per digit.
     """
-    return frechet_distance(to_pixels(images), _real_pixels()[0])
+    return metrics.frechet_distance(to_pixels(images), _real_pixels()[0])
 
 
 def accuracy(images: torch.Tensor, labels: torch.Tensor) -> float:
     """Share of `images` that a classifier fitted on the real digits recognises as their `labels` `(n,)`."""
-    return float((recognise(images) == _check_labels(labels, len(images))).float().mean())
+    return metrics.classifier_accuracy(recognise, images, _check_labels(labels, len(images)))
 
 
 def recognise(images: torch.Tensor) -> torch.Tensor:
@@ -68,8 +70,11 @@ def recognise(images: torch.Tensor) -> torch.Tensor:
 
 def diversity(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Per digit `(10,)` float64: mean pairwise distance of its images over that of the real ones (real data: 1)."""
-    _check_labels(labels, len(images))
-    return _spread(to_pixels(images), labels.numpy()) / _real_spread()
+    counts = torch.bincount(_check_labels(labels, len(images)), minlength=CLASSES).tolist()
+    for digit, count in enumerate(counts):
+        if count < 2:
+            raise ValueError(f"labels: {count} images of digit {digit}; diversity needs at least 2 of each")
+    return metrics.diversity(to_pixels(images), labels, *_real_pixels())
 
 
 def to_pixels(images: torch.Tensor) -> np.ndarray:
@@ -82,23 +87,6 @@ def to_pixels(images: torch.Tensor) -> np.ndarray:
     if not bool(grey.isfinite().all()):
         raise ValueError("images: some values are not finite")
     return F.avg_pool2d(grey, 4).flatten(1).numpy()
-
-
-def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """Frechet distance of the Gaussians fitted to the rows of `a` `(n, d)` and `b` `(m, d)`, n and m at least 2.
-
-    `|mean_a - mean_b|^2 + tr(A + B - 2 (A^1/2 B A^1/2)^1/2)` (arXiv 1706.08500), float64; the symmetric form
-    needs only eigenvalues and stays exact for singular covariances (pixels that are always paper).
-    """
-    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
-        raise ValueError(f"a, b: shapes {a.shape} and {b.shape}; needed (n, d) and (m, d) with n, m >= 2")
-    a, b = a.astype(np.float64), b.astype(np.float64)
-    cov_a, cov_b = np.cov(a, rowvar=False).reshape(a.shape[1], -1), np.cov(b, rowvar=False).reshape(a.shape[1], -1)
-    values, vectors = np.linalg.eigh(cov_a)
-    root_a = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
-    cross = np.sqrt(np.linalg.eigvalsh(root_a @ cov_b @ root_a).clip(min=0)).sum()
-    shift = ((a.mean(axis=0) - b.mean(axis=0)) ** 2).sum()
-    return max(float(shift + np.trace(cov_a) + np.trace(cov_b) - 2 * cross), 0.0)
 
 
 def _check_labels(labels: torch.Tensor, count: int) -> torch.Tensor:
@@ -121,19 +109,3 @@ def _classifier():
 
     pixels, labels = _real_pixels()
     return SVC(gamma=0.05).fit(pixels, labels)
-
-
-@lru_cache(maxsize=1)
-def _real_spread() -> torch.Tensor:
-    return _spread(*_real_pixels())
-
-
-def _spread(pixels: np.ndarray, labels: np.ndarray) -> torch.Tensor:
-    """Mean Euclidean distance over all pairs within each digit, `(10,)` float64."""
-    means = []
-    for digit in range(CLASSES):
-        same = torch.from_numpy(pixels[labels == digit])
-        if len(same) < 2:
-            raise ValueError(f"labels: {len(same)} images of digit {digit}; diversity needs at least 2 of each")
-        means.append(torch.pdist(same).mean())
-    return torch.stack(means)
