@@ -10,5 +10,15 @@ from fastdistill.ops.attention import attention
 from fastdistill.ops.geglu import geglu
 from fastdistill.ops.group_norm_silu import group_norm_silu
 from fastdistill.ops.layer_norm import layer_norm
+from fastdistill.ops.lpips_distance import lpips_distance
 
-__all__ = ["BackendError", "Explanation", "attention", "explain", "geglu", "group_norm_silu", "layer_norm"]
+__all__ = [
+    "BackendError",
+    "Explanation",
+    "attention",
+    "explain",
+    "geglu",
+    "group_norm_silu",
+    "layer_norm",
+    "lpips_distance",
+]
