@@ -1,5 +1,8 @@
 """Distillation losses for any training loop."""
 
-from .dmd import DMDStats, dmd_gradient, dmd_loss
+from fastdistill.ops.lpips_distance import lpips_distance
 
-__all__ = ["DMDStats", "dmd_gradient", "dmd_loss"]
+from .dmd import DMDStats, dmd_gradient, dmd_loss
+from .lpips import LPIPS
+
+__all__ = ["LPIPS", "DMDStats", "dmd_gradient", "dmd_loss", "lpips_distance"]
