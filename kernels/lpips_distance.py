@@ -32,7 +32,7 @@ PROGRAMS_PER_WAVE = 512  # about four programs on each of 132 multiprocessors
 MAX_CHANNELS = 1024  # of a tile
 
 # Sizes that decide no alignment are left out of the specialisation: fewer versions to compile.
-RUNTIME_SIZES = ["pixels", "tiles", "x_n", "y_n", "grad_stride", "weight_stride"]
+RUNTIME_SIZES = ["tiles", "x_n", "y_n", "grad_stride", "weight_stride"]
 
 
 @triton.jit
@@ -304,6 +304,7 @@ class Tile:
             arguments=arguments | {"channels": channels, "pixels": pixels, "tiles": tiles},
             constexprs={"BLOCK_C": self.channels, "BLOCK_S": self.pixels, "WHOLE": self.whole},
             num_warps=self.num_warps,
+            fuse=False,  # fused into the subtraction, x rx would differ from y ry where x is y
         )
 
 
@@ -436,19 +437,16 @@ class Probe:
 
 
 def probes() -> Iterator[Probe]:
-    # Layers of VGG16 from 512 px down; all gradients at once is what takes the most registers.
+    # Layers of VGG16; all gradients at once is what takes the most registers.
     every = (True, True, True)
-    for dtype in (torch.bfloat16, torch.float32):
-        for layouts in ("cc", "ll"):
-            for channels, side in ((64, 512), (512, 64), (512, 4)):
-                yield Probe((1, channels, side, side), dtype, layouts)
-            yield Probe((8, 256, 128, 128), dtype, layouts, every)
-            yield Probe((2, 64, 128, 128), dtype, layouts, every)
-        yield Probe((2, 128, 64, 64), dtype, "cl", every)
-        yield Probe((3, 5, 7, 9), dtype, "cc", every, storage_offset=1)
-    yield Probe((4, 384, 257), torch.float16, "cc", (True, True, False))
-    yield Probe((4, 384, 256), torch.float16, "ll", (True, True, False))
-    yield Probe((2, 3000, 5, 5), torch.bfloat16, "ll", (True, True, True))
+    for layouts in ("cc", "ll"):
+        yield Probe((1, 64, 512, 512), torch.bfloat16, layouts)
+        yield Probe((1, 512, 32, 32), torch.bfloat16, layouts, every)
+        yield Probe((8, 256, 128, 128), torch.float32, layouts, every)
+        yield Probe((2, 64, 128, 128), torch.float32, layouts, every)
+    yield Probe((2, 128, 64, 64), torch.float16, "cl", every)
+    yield Probe((3, 5, 7, 9), torch.float32, "cc", every, storage_offset=1)
+    yield Probe((2, 3000, 5, 5), torch.bfloat16, "ll", every)
     yield Probe((1, 1, 1, 1), torch.float32)
     yield Probe((200, 64, 512, 512), torch.bfloat16)  # offsets beyond 32 bits
 

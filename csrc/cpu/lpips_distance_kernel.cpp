@@ -34,6 +34,19 @@ inline Vec slope(Vec squares) { return squares == 0.0f ? Vec{} : 1.0f / root(squ
 inline float reciprocal(float squares) { return squares == 0.0f ? 0.0f : 1.0f / (__builtin_sqrtf(squares) + kEps); }
 inline float slope(float squares) { return squares == 0.0f ? 0.0f : 1.0f / __builtin_sqrtf(squares); }
 
+// A product that stays one: fused into the subtraction behind it, u would differ from v where x is y.
+inline Pair product(Pair a, Pair b) {
+  Pair p = a * b;
+#if defined(__x86_64__)
+  asm("" : "+x"(p.a), "+x"(p.b));
+#elif defined(__aarch64__)
+  asm("" : "+w"(p.a), "+w"(p.b));
+#else
+  asm("" : "+m"(p.a), "+m"(p.b));
+#endif
+  return p;
+}
+
 inline Pair scaled(float factor, Pair v) { return broadcast_pair(factor) * v; }
 
 // body(i, lanes, turn): two sums take turns, because one alone waits for each addition.
@@ -106,8 +119,8 @@ struct Step {
     y_slope = {slope(yy.a), slope(yy.b)};
   }
 
-  Pair u(int64_t c) const { return load(x + c * kStep) * rx; }
-  Pair v(int64_t c) const { return load(y + c * kStep) * ry; }
+  Pair u(int64_t c) const { return product(load(x + c * kStep), rx); }
+  Pair v(int64_t c) const { return product(load(y + c * kStep), ry); }
 };
 
 template <typename T>
@@ -194,7 +207,7 @@ float rows_forward(const LpipsBlock& b, float*) {
     const Squares squares = squares_of(x, y, b.channels);
     const float rx = reciprocal(squares.x), ry = reciprocal(squares.y);
     for_steps_in_turns(b.channels, [&](int64_t i, auto lanes, int turn) {
-      const Pair delta = scaled(rx, load(x + i, lanes)) - scaled(ry, load(y + i, lanes));
+      const Pair delta = product(load(x + i, lanes), broadcast_pair(rx)) - product(load(y + i, lanes), broadcast_pair(ry));
       total[turn] = total[turn] + load_floats<T>(b.weight + i, lanes) * delta * delta;
     });
   }
@@ -210,7 +223,7 @@ void rows_backward(const LpipsBlock& b, float scale, LpipsGradient to_x, LpipsGr
     const float rx = reciprocal(squares.x), ry = reciprocal(squares.y);
     Pair of_x[2] = {}, of_y[2] = {};
     for_steps_in_turns(b.channels, [&](int64_t i, auto lanes, int turn) {
-      const Pair u = scaled(rx, load(x + i, lanes)), v = scaled(ry, load(y + i, lanes)), delta = u - v;
+      const Pair u = product(load(x + i, lanes), broadcast_pair(rx)), v = product(load(y + i, lanes), broadcast_pair(ry)), delta = u - v;
       const Pair weighted = load_floats<T>(b.weight + i, lanes) * delta;
       of_x[turn] = of_x[turn] + weighted * u;
       of_y[turn] = of_y[turn] + weighted * v;
@@ -221,7 +234,7 @@ void rows_backward(const LpipsBlock& b, float scale, LpipsGradient to_x, LpipsGr
     const float y_sum = scale * sum(of_y[0] + of_y[1]) * slope(squares.y);
     T *grad_x = (T*)to_x.data + s * to_x.s, *grad_y = (T*)to_y.data + s * to_y.s;
     for_steps(b.channels, [&](int64_t i, auto lanes) {
-      const Pair u = scaled(rx, load(x + i, lanes)), v = scaled(ry, load(y + i, lanes));
+      const Pair u = product(load(x + i, lanes), broadcast_pair(rx)), v = product(load(y + i, lanes), broadcast_pair(ry));
       const Pair weighted = scaled(scale, load_floats<T>(b.weight + i, lanes) * (u - v));
       if (to_x.data) store(grad_x + i, scaled(rx, weighted) - scaled(x_sum, u), lanes);
       if (to_y.data) store(grad_y + i, scaled(y_sum, v) - scaled(ry, weighted), lanes);

@@ -174,7 +174,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const Problem p) {
 #pragma unroll
     for (int e = 0; e < V; ++e) {
       const int i = kRows ? 0 : e;
-      const float delta = a[e] * r[i] - b[e] * r[kPixels + i];
+      const float delta = __fmul_rn(a[e], r[i]) - __fmul_rn(b[e], r[kPixels + i]);
       total += p.weight[(c + (kRows ? e : 0)) * p.weight_stride] * (delta * delta);
     }
   }
@@ -210,7 +210,7 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(const Problem p) {
         load_floats<V>(y + c * p.y.stride.c, b);
 #pragma unroll
         for (int e = 0; e < V; ++e) {
-          const float u = a[e] * r[0], v = b[e] * r[1], delta = u - v;
+          const float u = __fmul_rn(a[e], r[0]), v = __fmul_rn(b[e], r[1]), delta = u - v;
           const float weighted = p.weight[(c + e) * p.weight_stride] * delta;
           sums[0] += weighted * u;
           sums[1] += weighted * v;
@@ -244,7 +244,7 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(const Problem p) {
         const float weight = p.weight[c * p.weight_stride];
 #pragma unroll
         for (int e = 0; e < V; ++e) {
-          const float u = a[e] * r[e], v = b[e] * r[kPixels + e], delta = u - v;
+          const float u = __fmul_rn(a[e], r[e]), v = __fmul_rn(b[e], r[kPixels + e]), delta = u - v;
           sums[e] += weight * delta * u;
           sums[kPixels + e] += weight * delta * v;
           square += delta * delta;
@@ -275,7 +275,7 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(const Problem p) {
 #pragma unroll
     for (int e = 0; e < V; ++e) {
       const int i = kRows ? 0 : e, j = kPixels + i;
-      const float u = a[e] * r[i], v = b[e] * r[j];
+      const float u = __fmul_rn(a[e], r[i]), v = __fmul_rn(b[e], r[j]);
       const float weighted = p.weight[(c + (kRows ? e : 0)) * p.weight_stride] * (u - v);
       of_x[e] = scale * (weighted * r[i] - u * sums[i]);
       of_y[e] = scale * (v * sums[j] - weighted * r[j]);

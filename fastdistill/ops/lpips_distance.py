@@ -161,7 +161,8 @@ def _kernel_reasons(features_x: torch.Tensor, features_y: torch.Tensor, weights:
     if features_x.dtype == torch.float64:
         reasons.append("float64 is served by the reference alone")
     for name, t in (("features_x", features_x), ("features_y", features_y)):
-        if layout_of(t) is None:
+        # The same sample for a whole batch (an expanded target) is read in place as well.
+        if layout_of(t[:1] if t.stride(0) == 0 else t) is None:
             reasons.append(f"{name}'s strides {tuple(t.stride())}: neither contiguous nor channels last")
     return reasons
 
