@@ -32,7 +32,7 @@ PROGRAMS_PER_WAVE = 512  # about four programs on each of 132 multiprocessors
 MAX_CHANNELS = 1024  # of a tile
 
 # Sizes that decide no alignment are left out of the specialisation: fewer versions to compile.
-RUNTIME_SIZES = ["tiles", "x_n", "y_n", "grad_stride", "weight_stride"]
+RUNTIME_SIZES = ["tiles", "grad_stride", "weight_stride"]
 
 
 @triton.jit
@@ -152,7 +152,7 @@ def _store_squares(ptr, delta, scale, program, c0, channels, BLOCK_C: tl.constex
     tl.store(ptr + program * channels + c, scale * 0.5 * tl.sum(delta * delta, 1), mask=c < channels)
 
 
-@triton.jit(do_not_specialize=[*RUNTIME_SIZES, "to_x_n", "to_y_n"])
+@triton.jit(do_not_specialize=RUNTIME_SIZES)
 def _backward_kernel(
     grad_ptr,
     x_ptr,
