@@ -74,7 +74,7 @@ def check_against_exact(backend, device, x, y, weight=None):
 @pytest.mark.parametrize("layout", ["contiguous", "channels last"])
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
 def test_distance_and_gradients_equal_float64(backend, device, shape, layout, dtype):
-    if (backend, device) == ("triton", "cpu") and shape == (3, 4, 65, 63) and dtype != torch.float32:
+    if (backend, device) == ("triton", "cpu") and shape == (3, 4, 65, 63):
         shape = (1, 4, 5, 63)  # the interpreter takes seconds for the whole
     x, y = (make(shape, dtype, device, layout) for _ in range(2))
     if backend != "reference":
@@ -216,7 +216,7 @@ def test_a_nan_stays_in_its_sample(backend, device):
 
 @on_every_kernel
 def test_repeating_a_call_gives_the_same_bits(backend, device):
-    x, y = (make((2, 65, 11, 31), torch.bfloat16, device) for _ in range(2))
+    x, y = (make((2, 65, 5, 7), torch.bfloat16, device) for _ in range(2))
     weight, grad = torch.rand(65, device=device), torch.randn(2, device=device)
     runs = [call(lambda *t: lpips_distance(*t, backend=backend), (x, y, weight), grad) for _ in range(3)]
     assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run))
