@@ -13,7 +13,7 @@ from .roofline import Cost
 from .tiling import Tiling
 
 # The ops that have a file here. One op, one name: `fastdistill.bench.<op>` holds its BENCHMARK.
-OPS = ("group_norm_silu", "layer_norm", "geglu", "attention", "weighted_squared_error")
+OPS = ("group_norm_silu", "layer_norm", "geglu", "attention", "weighted_squared_error", "lpips_distance")
 
 
 class UnknownName(ValueError):

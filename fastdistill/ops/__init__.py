@@ -10,6 +10,7 @@ from fastdistill.ops.attention import attention
 from fastdistill.ops.geglu import geglu
 from fastdistill.ops.group_norm_silu import group_norm_silu
 from fastdistill.ops.layer_norm import layer_norm
+from fastdistill.ops.lpips_distance import lpips_distance
 from fastdistill.ops.weighted_squared_error import weighted_squared_error
 
 __all__ = [
@@ -20,5 +21,6 @@ __all__ = [
     "geglu",
     "group_norm_silu",
     "layer_norm",
+    "lpips_distance",
     "weighted_squared_error",
 ]

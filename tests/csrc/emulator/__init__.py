@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-OPS = ("geglu", "group_norm_silu", "layer_norm", "weighted_squared_error")
+OPS = ("geglu", "group_norm_silu", "layer_norm", "weighted_squared_error", "lpips_distance")
 
 HERE = Path(__file__).resolve().parent
 CUDA = HERE.parent.parent.parent / "csrc" / "cuda"

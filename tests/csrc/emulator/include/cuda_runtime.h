@@ -97,6 +97,7 @@ void __stcs(T* to, T value) {
 #undef __expf  // glibc declares one of its own
 #define __expf(a) expf(a)
 #define __fdividef(a, b) ((a) / (b))
+inline float __fmul_rn(float a, float b) { return a * b; }
 inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 
