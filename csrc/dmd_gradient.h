@@ -57,6 +57,7 @@ struct Samples {
   const void* data = nullptr;
   int64_t stride = 0, bytes = 0;
 
+  Samples() = default;
   explicit Samples(const torch::stable::Tensor& t)
       : data(t.const_data_ptr()), stride(t.stride(0)), bytes(static_cast<int64_t>(t.element_size())) {}
   explicit Samples(const std::optional<torch::stable::Tensor>& t) {

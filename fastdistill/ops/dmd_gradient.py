@@ -104,7 +104,7 @@ def half_square(
     prediction_type: str = "epsilon",
     backend: str | None = None,
 ) -> tuple[Tensor, DMDStats]:
-    """(`0.5 * mean(g^2)` with the gradient `g / numel` in x, stats): `fastdistill.losses.dmd_loss` with its arguments."""
+    """(loss, stats): what `fastdistill.losses.dmd_loss` returns with `return_stats=True`, and its arguments."""
     _check(x, x_t, pred_real, pred_fake, alpha, sigma, pred_real_uncond, guidance_scale, prediction_type)
     inputs = (x, x_t, pred_real, pred_fake, alpha, sigma, pred_real_uncond, guidance_scale, prediction_type)
     chosen = _dispatch.select(OP, backend, *inputs)
@@ -168,9 +168,7 @@ def _run(
     prediction_type: str = "epsilon",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     if chosen == _dispatch.REFERENCE or x.numel() == 0:
-        return reference(
-            x, x_t, pred_real, pred_fake, alpha, sigma, pred_real_uncond, guidance_scale, prediction_type
-        )
+        return reference(x, x_t, pred_real, pred_fake, alpha, sigma, pred_real_uncond, guidance_scale, prediction_type)
     if prediction_type == "sample":
         x_t, alpha, sigma = None, 1.0, 0.0  # not needed, and so not read
     return _forward(chosen)(
