@@ -23,7 +23,6 @@ namespace fastdistill::cuda {
 namespace {
 
 using namespace dmd_gradient;
-using dmd_gradient_plan::kBlocksPerMultiprocessor;
 using dmd_gradient_plan::kElements;
 using dmd_gradient_plan::kThreads;
 using dmd_gradient_plan::Plan;
@@ -189,7 +188,7 @@ __device__ void finish(const Problem& p, unsigned char* shared) {
 }
 
 template <typename X, typename XT, typename P, int V>
-__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) whole_kernel(const Problem p) {
+__global__ void __launch_bounds__(kThreads, 1) whole_kernel(const Problem p) {
   FASTDISTILL_DYNAMIC_SHARED(shared);
   constexpr int kVectors = kElements / V;
   const Piece piece(p, V);

@@ -69,7 +69,8 @@ def dmd_gradient(
             Everything else goes to the reference.
 
     Returns:
-        (B, ...) float32 (float64 for float64 inputs) without a graph, samples in x's memory order, or (gradient, stats).
+        (B, ...) float32 (float64 for float64 inputs) without a graph,
+        samples in x's memory order; or (gradient, stats).
 
     Raises:
         ValueError, TypeError: before anything is launched: shapes or devices that differ, an unknown prediction type,

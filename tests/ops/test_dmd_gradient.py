@@ -126,8 +126,8 @@ def test_alpha_and_sigma_may_be_numbers_scalar_tensors_or_strided(backend, devic
 
 @on_every_kernel
 def test_many_samples_and_long_ones_add_up(backend, device):
-    check_against_exact(backend, device, make((300, 7), WIDE, device))
-    check_against_exact(backend, device, make((2, 3, 150, 151), torch.bfloat16, device))
+    check_against_exact(backend, device, make((40, 7), WIDE, device))
+    check_against_exact(backend, device, make((2, 3, 80, 81), torch.bfloat16, device))
 
 
 # ---- memory ---------------------------------------------------------------------------------------------------------
@@ -522,7 +522,7 @@ def test_explain_names_the_choice_and_every_reason():
 @pytest.mark.parametrize("capability", _native.CPU_CAPABILITIES[:-1])
 def test_lower_instruction_sets_pass_the_same_tests(capability):
     environment = {**os.environ, "FASTDISTILL_CPU_CAPABILITY": capability}
-    selection = "cpu and (equal_float64 or prediction_type or narrow or in_place or not_finite or long_ones)"
+    selection = "cpu and (65x63 or prediction_type or narrow or not_finite or one_element)"
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k"]
     run = subprocess.run([*command, f"{selection} and not reference"], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-3000:]
