@@ -8,7 +8,7 @@
 namespace fastdistill::cuda::dmd_gradient_plan {
 
 constexpr int kThreads = 512;
-constexpr int kElements = 32;              // that a thread keeps: 128 registers hold them and the loads of the next
+constexpr int kElements = 24;              // that a thread keeps: 32 of them spill for sm_80 and sm_100 where they are read one by one
 constexpr int64_t kSweepElements = 16384;  // of a block that keeps nothing; few enough to be counted in a float
 
 // Every block works on a run of vectors of one sample, `splits` blocks on each sample.
@@ -25,7 +25,7 @@ inline Plan sweep_plan(int64_t samples, int64_t vectors, int vector) {
 }
 
 // For `samples` of `vectors` vectors of `vector` elements. One launch where all differences fit on chip: on 132
-// multiprocessors 2.1 million elements in up to 132 samples.
+// multiprocessors 1.6 million elements in up to 132 samples.
 inline Plan plan(int64_t samples, int64_t vectors, int vector, const DeviceLimits& limits) {
   const int64_t at_once = limits.multiprocessors / samples;  // blocks of a sample
   if (limits.cooperative && at_once > 0) {

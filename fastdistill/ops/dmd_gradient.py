@@ -185,9 +185,14 @@ def _run(
 
 
 def _coefficients(alpha: Tensor | float, sigma: Tensor | float) -> tuple[Tensor | None, Tensor | None, float, float]:
-    tensors = [v.to(torch.float32) if isinstance(v, Tensor) else None for v in (alpha, sigma)]
-    values = [0.0 if isinstance(v, Tensor) else float(v) for v in (alpha, sigma)]
-    return (*tensors, *values)
+    (of_alpha, alpha), (of_sigma, sigma) = _tensor_or_number(alpha), _tensor_or_number(sigma)
+    return of_alpha, of_sigma, alpha, sigma
+
+
+def _tensor_or_number(value: Tensor | float) -> tuple[Tensor | None, float]:
+    if not isinstance(value, Tensor):
+        return None, float(value)
+    return (value if value.dtype == torch.float32 else value.to(torch.float32)), 0.0
 
 
 def _stats(normaliser: Tensor, grad_abs_mean: Tensor, guarded: Tensor) -> DMDStats:

@@ -60,7 +60,13 @@ def test_the_devices_limits_are_measured():
 @pytest.mark.parametrize("mode", ["forward", "backward", "full"])
 @pytest.mark.parametrize(
     ("op", "shape"),
-    [("group_norm_silu", "1280x8x8"), ("layer_norm", "64x1280"), ("geglu", "64x10240"), ("attention", "8x64x77x160")],
+    [
+        ("group_norm_silu", "1280x8x8"),
+        ("layer_norm", "64x1280"),
+        ("geglu", "64x10240"),
+        ("attention", "8x64x77x160"),
+        ("dmd_gradient", "1x4x64x64"),
+    ],
 )
 def test_every_op_is_recorded_cold_and_hot_and_called_eagerly(tmp_path, op, shape, mode):
     options = ["--device", "cuda", "--shapes", shape, "--dtype", "bfloat16", "--mode", mode, "--pairs", "5"]

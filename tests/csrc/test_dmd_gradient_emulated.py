@@ -15,7 +15,7 @@ from tests.ops.backends import DTYPES, in_every_dtype
 pytestmark = pytest.mark.compiler
 
 LARGE = Device()
-# 4 multiprocessors keep 65536 elements in at most 4 samples: larger calls take three launches.
+# 4 multiprocessors keep 49152 elements in at most 4 samples: larger calls take three launches.
 SMALL = Device(multiprocessors=4)
 RESULTS = ("loss", "gradient", "normaliser", "grad_abs_mean", "guarded")
 
