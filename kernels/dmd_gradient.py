@@ -24,7 +24,7 @@ __all__ = ["dmd_gradient", "dmd_gradient_backward", "specialisations"]
 MAX_WHOLE = 16384  # elements that one program keeps
 MAX_WHOLE_UNALIGNED = 8192  # single elements need a register each for their addresses: 16384 spill 128 bytes per thread
 ELEMENTS_PER_WARP = 1024
-TILE, TILE_WARPS = 2048, 4
+TILE, TILE_WARPS = 2048, 8  # with 4 warps unaligned float32 spills 8 bytes per thread
 FINISH, FINISH_WARPS = 1024, 8  # partial sums that are added at once
 
 # Sizes that decide no alignment are left out of the specialisation: fewer versions to compile.

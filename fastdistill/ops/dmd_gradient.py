@@ -211,13 +211,13 @@ def _check(
     prediction_type="epsilon",
 ) -> None:
     _check_tensor("x", x, x)
-    _check_tensor("x_t", x_t, x)
-    _check_tensor("pred_real", pred_real, x)
-    _check_tensor("pred_fake", pred_fake, x)
+    others = {"x_t": x_t, "pred_real": pred_real, "pred_fake": pred_fake}
     if pred_real_uncond is not None:
-        _check_tensor("pred_real_uncond", pred_real_uncond, x)
+        others["pred_real_uncond"] = pred_real_uncond
     elif guidance_scale != 1:
         raise ValueError(f"guidance_scale {guidance_scale} needs pred_real_uncond, the teacher without the condition")
+    for name, value in others.items():
+        _check_tensor(name, value, x)
     if x.ndim < 2:
         raise ValueError(f"x must be (B, ...) with at least one dimension per sample; got {tuple(x.shape)}")
     diffusion.check_to_data(x_t, alpha, sigma, prediction_type)
