@@ -208,6 +208,20 @@ def test_a_sample_that_equals_the_teachers_prediction_gets_zero_and_is_counted(b
 
 
 @on_every_backend
+def test_a_sample_is_guarded_below_a_normaliser_of_1e_6_and_not_above(backend, device):
+    zeros = torch.zeros(2, 4, 3, 3, device=device)
+    real, fake = zeros.clone(), zeros.clone()
+    real[0], real[1], fake[0], fake[1] = 5e-7, 2e-6, 1e-6, 3e-6
+    gradient, stats = dmd_gradient(
+        zeros, zeros, real, fake, 1.0, 0.0, prediction_type="sample", return_stats=True, backend=backend
+    )
+    assert gradient[0].abs().max() == 0
+    torch.testing.assert_close(gradient[1], torch.full_like(gradient[1], 0.5))
+    assert stats.guarded.item() == 4 * 3 * 3
+    torch.testing.assert_close(stats.normaliser.cpu(), torch.tensor([5e-7, 2e-6]))
+
+
+@on_every_backend
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_what_is_not_finite_is_zeroed_and_counted_and_spoils_nothing_else(backend, device, bad):
     inputs = make((4, 4, 5, 7), torch.bfloat16, device, x=WIDE)
