@@ -44,6 +44,7 @@ from fastdistill.bench.modes import MODES
 odd = {"group_norm_silu": (96, 7, 5), "layer_norm": (7, 321), "geglu": (7, 66), "attention": (3, 7, 5, 40)}
 odd["weighted_squared_error"] = (3, 4, 65, 63)
 odd |= {"lpips_distance": (37, 7, 5)}
+odd["dmd_gradient"] = (3, 4, 7, 5)
 for op in map(load, OPS):
     known = {provider.name: provider for provider in op.providers}
     provider = known.get("cuda") or known["triton"]

@@ -15,7 +15,7 @@ import triton
 
 Argument = torch.Tensor | int | float | None
 
-_POINTER_TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+_POINTER_TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int64: "*i64"}
 
 
 @dataclass(frozen=True)

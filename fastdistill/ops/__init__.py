@@ -7,6 +7,7 @@ print(explain("group_norm_silu", x, 32, weight, bias))
 
 from fastdistill.ops._dispatch import BackendError, Explanation, explain
 from fastdistill.ops.attention import attention
+from fastdistill.ops.dmd_gradient import dmd_gradient
 from fastdistill.ops.geglu import geglu
 from fastdistill.ops.group_norm_silu import group_norm_silu
 from fastdistill.ops.layer_norm import layer_norm
@@ -17,6 +18,7 @@ __all__ = [
     "BackendError",
     "Explanation",
     "attention",
+    "dmd_gradient",
     "explain",
     "geglu",
     "group_norm_silu",

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-OPS = ("geglu", "group_norm_silu", "layer_norm", "weighted_squared_error", "lpips_distance")
+OPS = ("geglu", "group_norm_silu", "layer_norm", "weighted_squared_error", "lpips_distance", "dmd_gradient")
 
 HERE = Path(__file__).resolve().parent
 CUDA = HERE.parent.parent.parent / "csrc" / "cuda"
