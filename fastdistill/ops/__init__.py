@@ -6,9 +6,21 @@ print(explain("group_norm_silu", x, 32, weight, bias))
 """
 
 from fastdistill.ops._dispatch import BackendError, Explanation, explain
+from fastdistill.ops.adversarial_loss import adversarial_loss
 from fastdistill.ops.attention import attention
 from fastdistill.ops.geglu import geglu
 from fastdistill.ops.group_norm_silu import group_norm_silu
 from fastdistill.ops.layer_norm import layer_norm
+from fastdistill.ops.squared_norm import squared_norm
 
-__all__ = ["BackendError", "Explanation", "attention", "explain", "geglu", "group_norm_silu", "layer_norm"]
+__all__ = [
+    "BackendError",
+    "Explanation",
+    "adversarial_loss",
+    "attention",
+    "explain",
+    "geglu",
+    "group_norm_silu",
+    "layer_norm",
+    "squared_norm",
+]
