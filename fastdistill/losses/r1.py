@@ -114,8 +114,7 @@ class LazyR1:
 
     @property
     def ratio(self) -> float:
-        """k / (k + 1) for an interval of k: the share of ordinary steps among all. 1 needs none of this: at an interval
-        of 1 the ratio is that of two steps in place of one, 1/2."""
+        """k / (k + 1) for an interval of k: the ordinary steps among all steps."""
         return self.interval / (self.interval + 1)
 
     def optimizer_kwargs(self, lr: float, betas: tuple[float, float]) -> dict[str, object]:
@@ -172,7 +171,7 @@ def hinge_r1_loss(
     if is_list != fake_is_list:
         raise ValueError("real and fake must both be tensors or both lists of head inputs")
     critic = _Critic(discriminator, is_list, heads)
-    shared = mode == "exact" and gamma > 0
+    shared = mode == "exact" and gamma > 0 and torch.is_grad_enabled()
     real_inputs = _leaves(real_inputs) if shared else [t.detach() for t in real_inputs]
     real_logits = critic.logits(real_inputs)
     fake_logits = critic.logits([t.detach() for t in fake_inputs])

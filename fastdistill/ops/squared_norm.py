@@ -1,4 +1,4 @@
-"""The squared norm of each sample over any number of tensors at once: what a gradient penalty takes of its gradients."""
+"""The squared norm of each sample over any number of tensors at once: what a gradient penalty takes of gradients."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def squared_norm(tensors: torch.Tensor | Tensors, *, backend: str | None = None)
 
 
 def reference(tensors: Tensors) -> torch.Tensor:
-    """The same in plain PyTorch, differentiable as often as needed: fallback, oracle of the tests, benchmark baseline."""
+    """The same in plain PyTorch, differentiable as often as needed."""
     dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
     return torch.stack([t.to(dtype).reshape(t.shape[0], t[:1].numel()).square().sum(1) for t in tensors]).sum(0)
 
