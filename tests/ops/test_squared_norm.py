@@ -1,4 +1,4 @@
-"""squared_norm on every backend: numbers against float64, layouts, derivatives of every order, compilation, bad input."""
+"""squared_norm on every backend: numbers against float64, layouts, derivatives, compilation, bad input."""
 
 import pytest
 import torch
