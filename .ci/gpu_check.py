@@ -42,6 +42,7 @@ import torch
 from fastdistill.bench.benchmark import OPS, Case, load
 from fastdistill.bench.modes import MODES
 odd = {"group_norm_silu": (96, 7, 5), "layer_norm": (7, 321), "geglu": (7, 66), "attention": (3, 7, 5, 40)}
+odd |= {"adversarial_loss": (3, 7, 5), "squared_norm": (3, 7, 5)}
 for op in map(load, OPS):
     known = {provider.name: provider for provider in op.providers}
     provider = known.get("cuda") or known["triton"]

@@ -11,7 +11,7 @@ import torch
 from .roofline import Cost
 
 # The ops that have a file here. One op, one name: `fastdistill.bench.<op>` holds its BENCHMARK.
-OPS = ("group_norm_silu", "layer_norm", "geglu", "attention")
+OPS = ("group_norm_silu", "layer_norm", "geglu", "attention", "adversarial_loss", "squared_norm")
 
 
 class UnknownName(ValueError):
