@@ -276,7 +276,8 @@ def _step_of(x: Tensor) -> Tensor:
 
 
 def _gradients(scores: list[Tensor], inputs: list[Tensor], create_graph: bool) -> list[Tensor]:
-    total = torch.stack([each.sum() for each in scores]).sum()
+    with torch.enable_grad():
+        total = torch.stack([each.sum() for each in scores]).sum()
     if not total.requires_grad:
         raise ValueError("discriminator: its logits do not depend on x in a way that autograd can follow")
     return list(torch.autograd.grad(total, inputs, create_graph=create_graph, materialize_grads=True))
