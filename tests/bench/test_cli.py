@@ -24,7 +24,7 @@ def run(*arguments):
     [
         (
             ["group_norm"],
-            "unknown op 'group_norm'; known: group_norm_silu, layer_norm, geglu, attention, engine",
+            "unknown op 'group_norm'; known: group_norm_silu, layer_norm, geglu, attention,",
         ),
         (["--shapes", "sd3"], "unknown shape 'sd3' of group_norm_silu; known suites: unet, sd15"),
         (["--dtype", "float32,float8"], "--dtype: unknown 'float8'; known: float32, float16, bfloat16, all"),

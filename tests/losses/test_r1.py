@@ -251,7 +251,7 @@ def test_nothing_in_the_network_has_moved_afterwards_and_training_goes_on(mode, 
 def test_every_forward_sees_the_same_weights_and_dropout(mode, kind):
     critic, x = stateful(kind), torch.randn(7, 6, dtype=torch.float64)
     weights, masks = [], []
-    critic[4].register_forward_hook(lambda module, *_: weights.append(module.weight.detach().clone()))
+    critic[0].register_forward_hook(lambda module, *_: weights.append(module.weight.detach().clone()))
     critic[3].register_forward_hook(lambda _, args, out: masks.append(out == 0))
     r1_penalty(critic, x, gamma=GAMMA, mode=mode)
     assert len(weights) == {"approximate": 2, "finite_difference": 3}[mode]
