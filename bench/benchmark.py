@@ -18,9 +18,11 @@ OPS = (
     "layer_norm",
     "geglu",
     "attention",
+    "dmd_gradient",
     "weighted_squared_error",
     "lpips_distance",
-    "dmd_gradient",
+    "adversarial_loss",
+    "squared_norm",
 )
 
 

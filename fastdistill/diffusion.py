@@ -115,8 +115,10 @@ def snr_weight(
 
 
 def _terms(prediction_type: str) -> tuple[float, float, float, float]:
-    a, b = _prediction_row(prediction_type, 0.0, 0.0)
-    return a, _prediction_row(prediction_type, 0.0, 1.0)[0] - a, b, _prediction_row(prediction_type, 1.0, 0.0)[1] - b
+    (a, b), (with_sigma, _), (_, with_alpha) = (
+        prediction_coefficients(prediction_type, alpha, sigma) for alpha, sigma in ((0.0, 0.0), (0.0, 1.0), (1.0, 0.0))
+    )
+    return a, with_sigma - a, b, with_alpha - b
 
 
 _EPSILON_AT_ZERO = ('an "epsilon" prediction', "Schedule.at(t, original=True) gives the usual way out")
