@@ -6,6 +6,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 REFERENCE = "reference"
 
@@ -126,7 +130,7 @@ def select(op: Op, backend: str | None, *args, **kwargs) -> str:
         if reasons:
             raise BackendError(f"{op.name}: backend {name!r} cannot serve this call: {'; '.join(reasons)}")
         return name
-    device = (args[0] if args else kwargs[op.tensor]).device.type
+    device = device_of(args[0] if args else kwargs[op.tensor]).type
     candidates = op.backends
     if op.preferred is not None:
         candidates = (*(op.backend(name) for name in op.preferred(*args, **kwargs)), *candidates)
@@ -135,6 +139,11 @@ def select(op: Op, backend: str | None, *args, **kwargs) -> str:
         if candidate.device in (None, device) and not candidate.supports(*args, **kwargs):
             return candidate.name
     raise BackendError(str(_explanation(op, "none", args, kwargs)))
+
+
+def device_of(argument: torch.Tensor | Sequence[torch.Tensor]) -> torch.device:
+    """Of a tensor, or of the first in a list."""
+    return (argument if hasattr(argument, "device") else argument[0]).device
 
 
 def _explanation(op: Op, chosen: str, args: tuple, kwargs: dict) -> Explanation:

@@ -26,9 +26,13 @@ def interpreting() -> bool:
 
 
 def define(
-    op: str, schema: str, fake: Callable[..., object], triton: Callable[..., object], names: tuple[str, ...] = NAMES
+    op: str,
+    schema: str,
+    fake: Callable[..., object],
+    triton: Callable[..., object] | None,
+    names: tuple[str, ...] = NAMES,
 ) -> None:
-    """Register `fastdistill::<op>.<name>` for every name, with its fake, and the Triton implementation.
+    """Register `fastdistill::<op>.<name>` for every name, with its fake, and the Triton implementation if there is one.
 
     schema: arguments and results, `(Tensor x, …) -> …`.
     """
@@ -36,6 +40,8 @@ def define(
         overload = f"{op}.{name}"
         _LIBRARY.define(overload + schema, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(f"fastdistill::{overload}", fake, lib=_LIBRARY)
+    if triton is None:
+        return
     for device in ("CUDA", "CPU") if interpreting() else ("CUDA",):
         _LIBRARY.impl(f"{op}.triton", triton, device)
 
@@ -48,7 +54,7 @@ def backends(reasons: Callable[..., list[str]], tensor: str = "x") -> tuple[_dis
     """
 
     def device_of(args, kwargs) -> torch.device:
-        return (args[0] if args else kwargs[tensor]).device
+        return _dispatch.device_of(args[0] if args else kwargs[tensor])
 
     def cpu_supports(*args, **kwargs) -> list[str]:
         device = device_of(args, kwargs)
