@@ -5,8 +5,8 @@ y = group_norm_silu(x, 32, weight, bias)
 print(explain("group_norm_silu", x, 32, weight, bias))
 """
 
-from fastdistill.ops._dispatch import BackendError, Explanation, explain
 from fastdistill.ops import adamw as _adamw  # noqa: F401  (registers it: `fastdistill.optim` is its user)
+from fastdistill.ops._dispatch import BackendError, Explanation, explain
 from fastdistill.ops.attention import attention
 from fastdistill.ops.geglu import geglu
 from fastdistill.ops.gradient_norm import gradient_norm

@@ -135,8 +135,8 @@ def reference(
     ema_decay: float,
     maximize: bool,
 ) -> None:
-    """The same in plain PyTorch, with the registered op's arguments. A tensor at a time: the temporaries are a few of one
-    parameter's size, where the whole list's would be more than the moments."""
+    """The same in plain PyTorch, with the registered op's arguments. A tensor at a time: the temporaries are a few of
+    one parameter's size, where the whole list's would be more than the moments."""
     scale = torch.ones_like(norm) if grad_scale is None else grad_scale
     norm = norm / scale
     taken = norm.isfinite() if found_inf is None else norm.isfinite() & (found_inf == 0)

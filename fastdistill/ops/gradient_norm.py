@@ -13,8 +13,8 @@ def gradient_norm(grads: Sequence[torch.Tensor], *, backend: str | None = None) 
     """`torch.nn.utils.get_total_norm(grads)` in float32, whatever the gradients' dtypes are. Not differentiable.
 
     Args:
-        grads: at least one tensor, all on one device, of any shapes; float32, float16, bfloat16 (every backend, dense in
-            any order of memory) or float64 (reference).
+        grads: at least one tensor, all on one device, of any shapes; float32, float16, bfloat16 (every backend, dense
+            in any order of memory) or float64 (reference).
         backend: "cuda", "cpu" or "reference"; None lets `fastdistill.ops.explain` 's first choice serve.
 
     Returns:

@@ -17,20 +17,21 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 class FusedAdamW(torch.optim.Optimizer):
-    """`clip_grad_norm_`, `torch.optim.AdamW` and `ema.lerp_(p, 1 - ema_decay)` as one step that reads gradients twice and
-    everything else once. No host sync; can be captured in a CUDA graph.
+    """`clip_grad_norm_`, `torch.optim.AdamW` and `ema.lerp_(p, 1 - ema_decay)` as one step that reads gradients twice
+    and everything else once. No host sync; can be captured in a CUDA graph.
 
     A step whose gradients hold an inf or NaN changes nothing, bit for bit: no parameter, moment, step counter or
     average. `skipped` counts such steps on the device.
 
     Args:
-        params: parameters or groups, as for `torch.optim.AdamW`; all on one device; float32, bfloat16, float16, or float64
-            (plain PyTorch). 16-bit parameters get float32 master copies, which are stepped in their place.
+        params: parameters or groups, as for `torch.optim.AdamW`; all on one device; float32, bfloat16, float16, or
+            float64 (plain PyTorch). 16-bit parameters get float32 master copies, which are stepped in their place.
         lr: a float, or a tensor of one element, read on the device where it lies there (LR schedules in a CUDA graph).
         betas, eps, weight_decay, maximize: as for `torch.optim.AdamW`, also per group.
-        ema: a tensor per parameter, in the order of `params`, of its shape and device; float32 (float64 of float64). They
-            belong to the caller, who saves them; averages are of the master copies where there are such. A parameter
-            without a gradient is averaged too. A group added later brings its own: `add_param_group({..., "ema": [...]})`.
+        ema: a tensor per parameter, in the order of `params`, of its shape and device; float32 (float64 of float64).
+            They belong to the caller, who saves them; averages are of the master copies where there are such. A
+            parameter without a gradient is averaged too. A group added later brings its own:
+            `add_param_group({"params": [...], "ema": [...]})`.
         ema_decay: a float or a float32 tensor () on the device; the attribute may change between steps.
         max_grad_norm: the largest norm of all gradients of all groups together; None for no clipping. The attribute may
             change between steps. `.grad` is left as it is, unlike by `clip_grad_norm_`.
@@ -51,8 +52,9 @@ class FusedAdamW(torch.optim.Optimizer):
     | bfloat16, float16 | 12 | 6.03 |
     | float64 | 16 | 16 |
 
-    `state_dict` is that of `torch.optim.AdamW(fused=True)` and can be loaded there and here, both ways; 16-bit parameters
-    add the key `master`, 8-bit moments replace two keys by three. `to_adamw_state_dict` gives AdamW's from any.
+    `state_dict` is that of `torch.optim.AdamW(fused=True)` and can be loaded there and here, both ways; 16-bit
+    parameters add the key `master`, 8-bit moments replace two keys by three. `to_adamw_state_dict` gives AdamW's from
+    any.
 
     With a GradScaler, `scaler.step(optimizer)` alone; no `scaler.unscale_` is needed for clipping. Parameters that
     something else has changed (a checkpoint loaded into a 16-bit model) need `refresh_masters()`. Sharded parameters
@@ -303,8 +305,8 @@ def _pair_up(params: list[torch.Tensor], ema: Iterable[torch.Tensor]) -> dict[to
         wide = states.wide_dtype(p)
         if average.dtype != wide:
             raise TypeError(
-                f"ema[{i}]: {average.dtype} of a parameter in {p.dtype}, needs {wide}: with a decay near 1 an average of "
-                "fewer bits does not move"
+                f"ema[{i}]: {average.dtype} of a parameter in {p.dtype}, needs {wide}: with a decay near 1 an average "
+                "of fewer bits does not move"
             )
         if average is p or (average.data_ptr() == p.data_ptr() and p.numel()):
             raise ValueError(f"ema[{i}]: is its parameter's own memory, needs a copy")
@@ -352,6 +354,6 @@ def _check_devices(grads: list[torch.Tensor]) -> None:
     devices = {g.device for g in grads}
     if len(devices) > 1:
         raise ValueError(
-            f"params: must lie on one device, got {', '.join(sorted(map(str, devices)))}; use an optimiser for each, and "
-            "torch.nn.utils.clip_grad_norm_ over all in place of max_grad_norm"
+            f"params: must lie on one device, got {', '.join(sorted(map(str, devices)))}; use an optimiser for each, "
+            "and torch.nn.utils.clip_grad_norm_ over all in place of max_grad_norm"
         )

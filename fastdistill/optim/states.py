@@ -1,8 +1,8 @@
 """What `FusedAdamW` keeps per parameter, and its conversion from and to the state of `torch.optim.AdamW`.
 
-Keys of a parameter's state: `step` () float32 and, in its order of memory, `exp_avg` and `exp_avg_sq` (AdamW's); `master`
-where the parameter has 16 bits; with moments of 8 bits `exp_avg_codes`, `exp_avg_sq_codes` (uint8) and `moment_scales`
-(2, blocks) in place of the two.
+Keys of a parameter's state: `step` () float32 and, in its order of memory, `exp_avg` and `exp_avg_sq` (AdamW's);
+`master` where the parameter has 16 bits; with moments of 8 bits `exp_avg_codes`, `exp_avg_sq_codes` (uint8) and
+`moment_scales` (2, blocks) in place of the two.
 """
 
 from __future__ import annotations
