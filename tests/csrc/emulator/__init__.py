@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-OPS = ("geglu", "group_norm_silu", "layer_norm")
+OPS = ("adamw", "geglu", "gradient_norm", "group_norm_silu", "layer_norm")
 
 HERE = Path(__file__).resolve().parent
 CUDA = HERE.parent.parent.parent / "csrc" / "cuda"
