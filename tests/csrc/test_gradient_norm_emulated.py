@@ -21,11 +21,7 @@ def norm_of(emulator):
 @pytest.mark.parametrize("offset", [0, 1])
 def test_the_norm_of_every_size_and_dtype_equals_float64(norm_of, offset):
     dtypes = (torch.float32, torch.float32, torch.float16, torch.bfloat16, torch.float32)
-    grads = [
-        in_nan(torch.randn(n).to(dtype), offset)
-        for dtype in dtypes
-        for n in (1, 7, 0, 8, 4097, 65536, 65543)
-    ]
+    grads = [in_nan(torch.randn(n).to(dtype), offset) for dtype in dtypes for n in (1, 7, 0, 8, 4097, 65536, 65543)]
     exact = torch.cat([g.double() for g in grads]).norm()
     assert (norm_of(grads).double() / exact - 1).abs() < 1e-6
     assert torch.equal(norm_of(grads, seed=1), norm_of(grads, seed=2))
