@@ -74,7 +74,7 @@ def exact(batch, norm, factors, bits=32):
 
 
 def check_step(before, after, norm, factors, bits=32):
-    """`after` against float64, to float32 rounding; 8-bit moments to their spacing. Nothing beside the tensors moved."""
+    """`after` against float64, to float32 rounding; 8-bit moments to their spacing."""
     for i, (p, m, v, a) in enumerate(exact(before, norm, factors, bits)):
         values = after.masters[i] if after.masters else after.params[i]
         close(values, p)
