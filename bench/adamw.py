@@ -1,7 +1,7 @@
 """FusedAdamW against clip_grad_norm_, torch's fused AdamW and an EMA: `python -m fastdistill.bench.adamw`.
 
-Both step parameters of their own with the same gradients, in turn, in one process. The error is that of a few steps of a
-smaller network against float64, in units of the learning rate.
+Both step parameters of their own with the same gradients, in turn, in one process. The error is that of a few steps
+of a smaller network against float64, in units of the learning rate.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ class Work:
 
     @property
     def moved(self) -> tuple[float, float]:
-        """Bytes per float32 parameter, ours and torch's. Ours reads the gradients once more for their norm; torch writes
-        them scaled, and reads parameter and average again for the EMA. A scale per 256 moments is 2 of 64 bytes."""
+        """Bytes per float32 parameter, ours and torch's. Ours reads the gradients once more for their norm; torch
+        writes them scaled, and reads the parameter again for the EMA."""
         moments = 16.0 if self.state_bits == 32 else 4.0 + 2 * 2 * 4 / 256
         return 4 + 12 + moments + 8 * self.ema, 12 * self.clip + 28 + 12 * self.ema
 

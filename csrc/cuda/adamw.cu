@@ -21,7 +21,7 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 256, kBlocksPerMultiprocessor = 2;
 constexpr int kTile = eight_bit::kBlock;  // elements that a warp has at a time
 constexpr int kOwn = kTile / kWarp;       // of them, a lane's
 constexpr int64_t kChunk = 16384;         // elements of a block of threads
@@ -240,8 +240,9 @@ __device__ void sweep_tile(const Entry& e, const Sweep& s, const CallFactors& ca
   }
 }
 
+// Left to itself the compiler overlaps tiles in 254 registers, and one block fills a multiprocessor.
 template <typename T, bool kEightBits>
-__global__ void __launch_bounds__(kThreads) sweep_kernel(const Table table, const Sweep s) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) sweep_kernel(const Table table, const Sweep s) {
   const CallFactors call = *s.call;
   if (call.taken == 0.0f) return;
   const int block = static_cast<int>(blockIdx.x), tensor = table.find(block);
@@ -250,6 +251,7 @@ __global__ void __launch_bounds__(kThreads) sweep_kernel(const Table table, cons
   const int64_t begin = int64_t{block - table.first_block[tensor]} * kChunk;
   const int64_t end = begin + kChunk < e.elements ? begin + kChunk : e.elements;
   const bool vectors = aligned<T, kEightBits>(e);
+#pragma unroll 1
   for (int64_t tile = begin + threadIdx.x / kWarp * kTile; tile < end; tile += kThreads / kWarp * kTile) {
     if (vectors && tile + kTile <= end) {
       sweep_tile<T, kEightBits, 4>(e, s, call, of, tile);
