@@ -26,6 +26,7 @@ constexpr uint32_t kFirstTop = 127, kSecondTop = 255;
 constexpr uint32_t kFirstBias = (0x3f800000u >> kShift) - kFirstTop;  // code + bias: the upper bits of the float
 constexpr uint32_t kSecondBias = (0x3f800000u >> kShift) - kSecondTop;
 constexpr float kFirstSmallest = 1.25f / 65536.0f;
+constexpr uint32_t kFirstSmallestBits = (1 + kFirstBias) << kShift;
 
 // Murmur3's finaliser over element and step.
 FASTDISTILL_EIGHT_BIT uint32_t random_bits(uint32_t element, uint32_t step) {
@@ -35,12 +36,17 @@ FASTDISTILL_EIGHT_BIT uint32_t random_bits(uint32_t element, uint32_t step) {
   return h ^ (h >> 16);
 }
 
-// Of the magnitude |x| <= 1, given as a float and as its bits; the upper 20 bits of `random` decide.
-FASTDISTILL_EIGHT_BIT uint32_t encode_first(float magnitude, uint32_t bits, uint32_t random) {
-  const uint32_t r = random >> (32 - kShift);
-  const uint32_t rounded = ((bits + r) >> kShift) - kFirstBias;
-  const uint32_t small = (float)(int32_t)r * (kFirstSmallest / (float)(1 << kShift)) < magnitude ? 1u : 0u;
-  const uint32_t code = magnitude < kFirstSmallest ? small : rounded;
+// A magnitude below the smallest is rounded up to it where it is above this.
+FASTDISTILL_EIGHT_BIT float first_threshold(uint32_t random) {
+  return (float)(int32_t)(random >> (32 - kShift)) * (kFirstSmallest / (float)(1 << kShift));
+}
+
+// Of a magnitude |x| <= 1 from its bits; the upper 20 bits of `random`, and the bits of its threshold, decide. Integers
+// alone, and no branches, so that compilers vectorise it: positive floats are ordered as their bits are.
+FASTDISTILL_EIGHT_BIT uint32_t encode_first(uint32_t bits, uint32_t threshold_bits, uint32_t random) {
+  const uint32_t rounded = ((bits + (random >> (32 - kShift))) >> kShift) - kFirstBias;
+  const uint32_t below = 0u - (uint32_t)(bits < kFirstSmallestBits);
+  const uint32_t code = (below & (uint32_t)(threshold_bits < bits)) | (~below & rounded);
   return code < kFirstTop ? code : kFirstTop;
 }
 
@@ -48,7 +54,7 @@ FASTDISTILL_EIGHT_BIT uint32_t encode_first(float magnitude, uint32_t bits, uint
 FASTDISTILL_EIGHT_BIT uint32_t encode_second(uint32_t bits, uint32_t random) {
   const int32_t rounded = (int32_t)((bits + (random & kBelow)) >> kShift) - (int32_t)kSecondBias;
   const int32_t code = rounded < 1 ? 1 : rounded > (int32_t)kSecondTop ? (int32_t)kSecondTop : rounded;
-  return bits == 0 ? 0u : (uint32_t)code;
+  return (uint32_t)code & (0u - (uint32_t)(bits != 0));
 }
 
 // The bits of the float.

@@ -67,13 +67,17 @@ void in_floats(const AdamwRun& run, const AdamwFactors& f) {
 
 // ---- moments of 8 bits: a block at a time through arrays of floats, in loops that the compiler vectorises --------------
 
+// Magnitudes are ordered as their bits are; a maximum of integers is vectorised, one of floats is not.
 inline float largest(const float* values, int count) {
-  float result = 0.0f;
+  uint32_t bits[kBlock], result = 0;
+  memcpy(bits, values, count * sizeof(float));
   for (int i = 0; i < count; ++i) {
-    const float magnitude = __builtin_fabsf(values[i]);
+    const uint32_t magnitude = bits[i] & 0x7fffffffu;
     result = magnitude > result ? magnitude : result;
   }
-  return result;
+  float largest;
+  memcpy(&largest, &result, sizeof(largest));
+  return largest;
 }
 
 inline void decode(const uint8_t* first, const uint8_t* second, float first_scale, float second_scale, float* m,
@@ -93,21 +97,27 @@ inline void decode(const uint8_t* first, const uint8_t* second, float first_scal
 
 inline void encode(const float* m, const float* v, float first_scale, float second_scale, uint8_t* first,
                    uint8_t* second, int count, uint32_t element, uint32_t step) {
-  float magnitude[kBlock], square[kBlock];
-  uint32_t bits[3][kBlock];
+  float magnitude[kBlock], square[kBlock], threshold[kBlock];
+  uint32_t bits[4][kBlock], random[kBlock], codes[2][kBlock];
   const float first_divisor = first_scale > 0.0f ? first_scale : 1.0f;
   const float second_divisor = second_scale > 0.0f ? second_scale : 1.0f;
   for (int i = 0; i < count; ++i) {
     magnitude[i] = __builtin_fabsf(m[i]) / first_divisor;
     square[i] = v[i] / second_divisor;
+    random[i] = eight_bit::random_bits(element + (uint32_t)i, step);
+    threshold[i] = eight_bit::first_threshold(random[i]);
   }
   memcpy(bits[0], magnitude, count * sizeof(float));
   memcpy(bits[1], square, count * sizeof(float));
-  memcpy(bits[2], m, count * sizeof(float));
+  memcpy(bits[2], threshold, count * sizeof(float));
+  memcpy(bits[3], m, count * sizeof(float));
   for (int i = 0; i < count; ++i) {
-    const uint32_t random = eight_bit::random_bits(element + (uint32_t)i, step);
-    first[i] = (uint8_t)(eight_bit::encode_first(magnitude[i], bits[0][i], random) | (bits[2][i] >> 31 << 7));
-    second[i] = (uint8_t)eight_bit::encode_second(bits[1][i], random);
+    codes[0][i] = eight_bit::encode_first(bits[0][i], bits[2][i], random[i]) | (bits[3][i] >> 31 << 7);
+    codes[1][i] = eight_bit::encode_second(bits[1][i], random[i]);
+  }
+  for (int i = 0; i < count; ++i) {
+    first[i] = (uint8_t)codes[0][i];
+    second[i] = (uint8_t)codes[1][i];
   }
 }
 

@@ -188,8 +188,8 @@ __device__ void store_moments(const float (&m)[kOwn], const float (&v)[kOwn], co
     const uint32_t element = static_cast<uint32_t>(tile + place<V>(i / V) + i % V);
     const uint32_t random = eight_bit::random_bits(element, static_cast<uint32_t>(step));
     const float magnitude = fabsf(m[i]) / first_divisor, square = v[i] / second_divisor;
-    first[i] = eight_bit::encode_first(magnitude, __float_as_uint(magnitude), random) |
-               __float_as_uint(m[i]) >> 31 << 7;
+    const uint32_t threshold = __float_as_uint(eight_bit::first_threshold(random));
+    first[i] = eight_bit::encode_first(__float_as_uint(magnitude), threshold, random) | __float_as_uint(m[i]) >> 31 << 7;
     second[i] = eight_bit::encode_second(__float_as_uint(square), random);
   }
   const auto narrow = [](uint32_t code) { return static_cast<uint8_t>(code); };

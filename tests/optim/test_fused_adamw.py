@@ -347,7 +347,7 @@ def test_the_state_takes_as_many_bytes_as_the_docs_say(dtype, bits, expected):
 def test_moments_of_8_bits_converge_like_those_of_32():
     # Regression of 128 x 64 weights; gradients of very different sizes in one block.
     torch.manual_seed(1)
-    x, target = torch.randn(256, 64) * torch.logspace(-2, 1, 64), torch.randn(64, 128)
+    x, target = torch.randn(128, 64) * torch.logspace(-2, 1, 64), torch.randn(64, 128)
     losses = {}
     for bits in (32, 8):
         w = nn.Parameter(torch.zeros(64, 128))
@@ -359,7 +359,7 @@ def test_moments_of_8_bits_converge_like_those_of_32():
         losses[bits] = loss.item()
     first = (x @ target).square().mean().item()
     assert losses[32] < 1e-3 * first
-    assert losses[8] < 3e-3 * first
+    assert losses[8] < 1.1 * losses[32]
 
 
 def test_small_tensors_keep_float32():
