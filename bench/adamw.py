@@ -187,7 +187,7 @@ def adamw(
             f"{row.ours_state:.3g} : {row.torch_state:.3g}",
             f"{row.ours_error:.1e} : {row.torch_error:.1e}",
         )
-    Console(width=120).print(table)
+    Console(width=140).print(table)
     print("ours : torch's. Medians; the ratio's 20 % and 80 % quantiles over pairs. Error against float64, 5 steps.")
 
 

@@ -1,10 +1,14 @@
 """adamw and gradient_norm on every backend: a step against float64, skipping, repeats, registration."""
 
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 
+from fastdistill import _native
 from fastdistill.ops import BackendError, eight_bit, explain, gradient_norm
 from fastdistill.ops.adamw import Batch, Factors, _number, adamw_
 from tests.ops.adamw_batches import check_step, clone, random_batch
@@ -110,13 +114,19 @@ def test_the_same_bits_every_time_and_whatever_the_threads_do(backend, device, b
 def test_the_registered_ops_keep_their_promises(backend, device, bits):
     batch = random_batch(torch.bfloat16, bits, sizes=[3, 300], device=device)
     op = getattr(torch.ops.fastdistill.adamw, backend)
-    # Its tests with gradients are autograd's, which this op has none of.
-    checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(op, arguments(batch, scalar(2.0, device)), test_utils=checks)
-    torch.library.opcheck(
-        op, arguments(batch, scalar(2.0, device), skipped=scalar(0, device, torch.int64)), test_utils=checks
-    )
+    for skipped in (None, scalar(0, device, torch.int64)):
+        torch.library.opcheck(op, arguments(batch, scalar(2.0, device), skipped=skipped))
     torch.library.opcheck(getattr(torch.ops.fastdistill.gradient_norm, backend), (batch.grads,))
+
+
+@pytest.mark.parametrize("capability", _native.CPU_CAPABILITIES[:-1])
+def test_lower_instruction_sets_pass_the_same_tests(capability):
+    environment = {**os.environ, "FASTDISTILL_CPU_CAPABILITY": capability}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    selection = ["-k", "cpu and equals_float64 and not reference"]
+    run = subprocess.run([*command, *selection], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-3000:]
+    assert " passed" in run.stdout
 
 
 def test_a_backward_pass_that_needs_the_old_values_is_refused():
