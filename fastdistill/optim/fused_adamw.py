@@ -264,12 +264,12 @@ class FusedAdamW(torch.optim.Optimizer):
         idle = [(p, ema) for p, ema in (self._ema or {}).items() if p.grad is None]
         if not idle:
             return
-        weight = 1 - torch.as_tensor(self.ema_decay, dtype=torch.float64, device=idle[0][0].device)
+        weight = 1 - self.ema_decay
         if any(p.grad is not None for p in self._ema):
             taken = self.grad_norm.isfinite()
-            weight = weight * (taken if found_inf is None else taken & (found_inf == 0))
+            weight = (taken if found_inf is None else taken & (found_inf == 0)) * weight
         for p, ema in idle:
-            ema.add_(weight.to(ema.dtype) * (self.state.get(p, {}).get("master", p) - ema))
+            ema.add_((self.state.get(p, {}).get("master", p) - ema) * weight)
 
 
 class _Saved:
