@@ -5,11 +5,13 @@ y = group_norm_silu(x, 32, weight, bias)
 print(explain("group_norm_silu", x, 32, weight, bias))
 """
 
+from fastdistill.ops import adamw as _adamw  # noqa: F401  (registers it: `fastdistill.optim` is its user)
 from fastdistill.ops._dispatch import BackendError, Explanation, explain
 from fastdistill.ops.adversarial_loss import adversarial_loss
 from fastdistill.ops.attention import attention
 from fastdistill.ops.dmd_gradient import dmd_gradient
 from fastdistill.ops.geglu import geglu
+from fastdistill.ops.gradient_norm import gradient_norm
 from fastdistill.ops.group_norm_silu import group_norm_silu
 from fastdistill.ops.layer_norm import layer_norm
 from fastdistill.ops.lpips_distance import lpips_distance
@@ -24,6 +26,7 @@ __all__ = [
     "dmd_gradient",
     "explain",
     "geglu",
+    "gradient_norm",
     "group_norm_silu",
     "layer_norm",
     "lpips_distance",

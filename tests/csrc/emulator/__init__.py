@@ -19,9 +19,11 @@ from pathlib import Path
 import torch
 
 OPS = (
+    "adamw",
     "adversarial_loss",
     "dmd_gradient",
     "geglu",
+    "gradient_norm",
     "group_norm_silu",
     "layer_norm",
     "lpips_distance",

@@ -1,0 +1,24 @@
+// The loop of gradient_norm, one per instruction set and element type.
+#pragma once
+
+#include <stdint.h>
+
+#include "element.h"
+
+namespace fastdistill {
+
+// The sum of the squares of `count` elements.
+using SumOfSquares = float (*)(const void* from, int64_t count);
+
+#define FASTDISTILL_DECLARE(isa)        \
+  namespace isa {                       \
+  SumOfSquares sum_of_squares(Element); \
+  }
+FASTDISTILL_DECLARE(baseline)
+#if defined(__x86_64__)
+FASTDISTILL_DECLARE(avx2)
+FASTDISTILL_DECLARE(avx512)
+#endif
+#undef FASTDISTILL_DECLARE
+
+}  // namespace fastdistill
