@@ -52,8 +52,8 @@ class CrossAttentionCache:
 
     def __call__(self, contexts: Sequence[Tensor]) -> Tensor:
         """(B, tokens, width) from B encoded prompts (1, tokens, D), each projected alone."""
-        projected = [self._project(context) for context in contexts]
-        return projected[0] if len(projected) == 1 else torch.cat(projected)
+        projected = {id(context): self._project(context) for context in contexts}
+        return projected[id(contexts[0])] if len(contexts) == 1 else torch.cat([projected[id(c)] for c in contexts])
 
     def replace(self, index: int, weight: Tensor, bias: Tensor | None = None) -> None:
         """New weights for the keys and values of one attention, in place: (2 * heads * D, D_context), and the bias.

@@ -7,7 +7,6 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 
@@ -45,13 +44,16 @@ class PromptEncoder:
                 )
         return tokens
 
-    def __call__(self, prompts: Sequence[str], tokens: Mapping[str, Any]) -> Tensor:
-        """(B, tokens, D) in the text encoder's dtype and on its device; `tokens` is what `tokenize` gave."""
+    def __call__(self, prompts: Sequence[str], tokens: Mapping[str, Any]) -> list[Tensor]:
+        """(1, tokens, D) per prompt, in the text encoder's dtype and on its device; `tokens` is what `tokenize` gave.
+
+        The same tensor again for a prompt that is cached. Nobody may write to it.
+        """
         encoded: dict[str, Tensor] = {}
         for prompt in prompts:
             if prompt not in encoded:
                 encoded[prompt] = self._encode(prompt, tokens.get(prompt))
-        return torch.cat([encoded[prompt] for prompt in prompts]) if len(prompts) > 1 else encoded[prompts[0]]
+        return [encoded[prompt] for prompt in prompts]
 
     def clear(self) -> None:
         """Forget every cached prompt."""

@@ -18,8 +18,7 @@ class FusedAttnProcessor:
         join_projections(unet)
 
     Queries, keys and values of self-attention come from one matrix product, keys and values of cross-attention from
-    one, where `fastdistill.nn.join_projections` (or `patch`) has moved the weights side by side; the attention reads
-    them in place. The joint matrix is the memory of the layers' own parameters, looked up at every call: a changed
+    one, where `fastdistill.nn.join_projections` (or `patch`) has moved the weights side by side. The joint matrix is the memory of the layers' own parameters, looked up at every call: a changed
     weight is seen, whoever changed it. Projections that are no plain linear layers (LoRA, quantised, with hooks), or
     that lie elsewhere, are called as the modules they are. So are all under autocast and `torch.compile`.
 
@@ -94,7 +93,7 @@ class FusedAttnProcessor:
 def _why_not_these(context: object, mask: object, ip_adapter_masks: object, args: tuple, kwargs: dict) -> str | None:
     if mask is not None:
         return "an attention mask is given"
-    if ip_adapter_masks is not None:
+    if ip_adapter_masks is not None and context is not None:  # self-attention has no image tokens to mask
         return "IP-Adapter masks are given"
     if context is not None and not isinstance(context, Tensor):
         return f"encoder_hidden_states is a {type(context).__name__}, as an IP-Adapter wants it"

@@ -25,10 +25,10 @@ def join_projections(model: torch.nn.Module) -> int:
     """Move the projections of each diffusers `Attention` in `model` that read one input side by side in memory.
 
     Queries, keys and values where all have one input width, else keys and values. The parameters stay the objects they
-    are, with their values; state dicts, optimisers and saved files do not change. `fastdistill.nn.patch` does this, and
-    does it again when a patched model is moved or copied; a model with `set_attn_processor(FusedAttnProcessor())` alone
-    needs this call, once it is where it will run. Tensors that shared memory with a parameter (`weight.data`, a state
-    dict) no longer do, as after `model.to(…)`.
+    are, with their values; state dicts, optimisers and saved files do not change. `fastdistill.nn.patch` does this except
+    on a CPU, where one product was measured to be no faster than three, and does it again when a patched model is moved
+    or copied; a model with `set_attn_processor(FusedAttnProcessor())` alone needs this call, once it is where it will
+    run. Tensors that shared memory with a parameter (`weight.data`, a state dict) no longer do, as after `model.to(…)`.
 
     Not while another thread runs the model or after a CUDA graph has recorded it: addresses change.
 
@@ -40,30 +40,42 @@ def join_projections(model: torch.nn.Module) -> int:
     return sum(join(module) for module in model.modules() if isinstance(module, Attention))
 
 
+def join_where_it_pays(attention: torch.nn.Module) -> None:
+    """`join` of an `Attention` that is not on a CPU."""
+    parameter = next(attention.parameters(), None)
+    if parameter is not None and _pays(parameter.device):
+        join(attention)
+
+
+def _pays(device: torch.device) -> bool:
+    return device.type != "cpu"
+
+
 def join(attention: torch.nn.Module) -> bool:
     """`join_projections` of one `Attention`."""
     layers = _of_one_input(attention)
     if not layers:
         return False
     weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
-    if not _can_be_moved(weights) or not (_all_none(biases) or _can_be_moved(biases)):
-        return side_by_side(weights) is not None
-    for parameters in (weights, biases):
-        if not _all_none(parameters):
-            with torch.inference_mode(False), torch.no_grad():
-                parts = torch.cat(parameters).split([len(parameter) for parameter in parameters])
-                for parameter, part in zip(parameters, parts):
-                    parameter.data = part
+    groups = [weights] if _all_none(biases) else [weights, biases]
+    apart = [parameters for parameters in groups if side_by_side(parameters) is None]
+    if not all(map(_can_be_moved, apart)):
+        return False
+    for parameters in apart:
+        with torch.inference_mode(False), torch.no_grad():
+            parts = torch.cat(parameters).split([len(parameter) for parameter in parameters])
+            for parameter, part in zip(parameters, parts):
+                parameter.data = part
     return True
 
 
 def separate(attention: torch.nn.Module) -> None:
-    """Give every projection memory of its own again."""
-    layers = _of_one_input(attention)
-    for parameters in ([layer.weight for layer in layers], [layer.bias for layer in layers]):
-        if parameters and side_by_side(parameters) is not None and _own_their_memory(parameters):
-            with torch.inference_mode(False), torch.no_grad():
-                for parameter in parameters:
+    """Give the projections of an `Attention` that was joined memory of their own again."""
+    for layer in (attention.to_q, attention.to_k, attention.to_v):
+        layer = getattr(layer, "base_layer", layer)  # within a LoRA layer
+        for parameter in layer.parameters(recurse=False):
+            if type(parameter) is Parameter and not _owns_its_memory(parameter):
+                with torch.inference_mode(False), torch.no_grad():
                     parameter.data = parameter.detach().clone()
 
 
@@ -79,7 +91,7 @@ def products(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | Non
 
     Differentiable as often as needed.
     """
-    stacked = _stacked(x, weights, biases)
+    stacked = _stacked(weights, biases)
     if stacked is None:
         return tuple(F.linear(x, weight, bias) for weight, bias in zip(weights, biases))
     parameters = weights if _all_none(biases) else [*weights, *biases]
@@ -94,35 +106,31 @@ def side_by_side(parameters: Sequence[Tensor | None]) -> Tensor | None:
     """The memory of several parameters as one tensor, stacked along their first dimension; None where each does not
     begin where the one before it ends."""
     first = parameters[0]
-    if type(first) is not Parameter:  # nor a subclass: sharded and quantised weights are no plain memory
+    if type(first) is not Parameter or len(parameters) < 2:
         return None
-    dtype, inner, rows, address = first.dtype, first.shape[1:], 0, first.data_ptr()
+    dtype, shape, rows, end = first.dtype, first.shape, 0, first.data_ptr()
     for each in parameters:
-        if (
-            type(each) is not Parameter
-            or each.data_ptr() != address
-            or each.dtype != dtype
-            or each.shape[1:] != inner
-            or not each.is_contiguous()
-        ):
+        # No subclass: sharded and quantised weights are no plain memory.
+        if type(each) is not Parameter or each.data_ptr() != end or each.dtype != dtype or not each.is_contiguous():
             return None
-        rows += each.shape[0]
-        address += each.nbytes
-    offset = first.storage_offset()
-    room = first.untyped_storage().nbytes() // first.element_size() - offset
-    size = (rows, *inner)
-    if len(parameters) == 1 or rows * inner.numel() > room:
+        if each.shape != shape and each.shape[1:] != shape[1:]:
+            return None
+        rows += len(each)
+        end += each.nbytes
+    offset, storage = first.storage_offset(), first.untyped_storage()
+    # Behind the end of a storage another may begin by chance.
+    if end - first.data_ptr() > storage.nbytes() - offset * first.element_size():
         return None
-    return first.detach().as_strided(size, first.stride(), offset)
+    return first.detach().as_strided((rows, *shape[1:]), first.stride(), offset)
 
 
-def _stacked(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> tuple | None:
+def _stacked(weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> tuple | None:
     """The weights as one matrix and the biases as one vector (or None); None where they are not to be used so."""
-    # A compiler sees no addresses. Autocast keeps the copy it makes of a parameter, but not that of a view.
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_autocast_enabled(x.device.type):
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # they see no addresses
         return None
     weight = side_by_side(weights)
-    if weight is None:
+    # Autocast keeps the copy it makes of a parameter, but not that of a view.
+    if weight is None or torch.is_autocast_enabled(weight.device.type):
         return None
     if _all_none(biases):
         return weight, None
@@ -182,11 +190,10 @@ def _can_be_moved(parameters: Sequence[Tensor | None]) -> bool:
         and each.device == first.device
         and each.device.type != "meta"
         and not each.is_inference()
-        and _own_their_memory([each])
+        and _owns_its_memory(each)
         for each in parameters
     )
 
 
-def _own_their_memory(parameters: Sequence[Parameter]) -> bool:
-    """Whether these parameters, which lie in one storage, are all that is in it."""
-    return parameters[0].untyped_storage().nbytes() == sum(parameter.nbytes for parameter in parameters)
+def _owns_its_memory(parameter: Parameter) -> bool:
+    return parameter.untyped_storage().nbytes() == parameter.nbytes

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from fastdistill.nn.attention import FusedAttnProcessor
-from fastdistill.nn.joint import join, separate
+from fastdistill.nn.joint import join_where_it_pays, separate
 
 OPS = ("group_norm_silu", "layer_norm", "geglu", "attention")
 _DEFERRED_NORM = "deferred_norm"
@@ -31,8 +31,8 @@ class PatchReport:
 def patch(model: torch.nn.Module, ops: Iterable[str] = OPS, *, recompute: bool = False) -> PatchReport:
     """Let a model's modules run on the fused ops: the same numbers to rounding, in training and inference.
 
-    Modules change their class or their attention processor, and the projections of an attention move side by side in
-    memory, nothing else: parameters (and an optimiser that holds them), state dict, hooks, modes and names stay. A
+    Modules change their class or their attention processor, and (except on a CPU) the projections of an attention move
+    side by side in memory, nothing else: parameters (and an optimiser that holds them), state dict, hooks, modes and names stay. A
     model that is patched already is restored first.
 
     Args:
@@ -72,7 +72,7 @@ def patch(model: torch.nn.Module, ops: Iterable[str] = OPS, *, recompute: bool =
             if site.attention is not None:
                 site.attention.__dict__[_REPLACED_PROCESSOR] = site.attention.processor
                 site.attention.processor = processor
-                join(site.attention)
+                join_where_it_pays(site.attention)
     return PatchReport(dict(changed), dict(left))
 
 

@@ -14,7 +14,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor
 
 from fastdistill.nn.group_norm_silu import GroupNormSiLU
-from fastdistill.nn.joint import join
+from fastdistill.nn.joint import join_where_it_pays
 from fastdistill.nn.layer_norm import LayerNorm
 from fastdistill.ops import geglu
 
@@ -52,18 +52,18 @@ class PatchedGEGLU(GEGLU):
 
 
 class PatchedAttention(Attention):
-    """Its projections lie side by side in memory, also after it was moved (`.to()`), copied or unpickled."""
+    """Its projections lie side by side in memory where it pays, also after it was moved (`.to()`) or copied."""
 
     replaces = Attention
 
     def _apply(self, *args: object, **kwargs: object) -> PatchedAttention:
         super()._apply(*args, **kwargs)
-        join(self)
+        join_where_it_pays(self)
         return self
 
     def __setstate__(self, state: dict[str, object]) -> None:
         super().__setstate__(state)
-        join(self)
+        join_where_it_pays(self)
 
 
 class PatchedResnetBlock2D(ResnetBlock2D):
