@@ -18,11 +18,11 @@ _MOST_BINDINGS = 64
 class BoundAttention:
     """`fastdistill.ops.attention` that checks its input and chooses its backend once per kind of input.
 
-    As `fastdistill.engine.norm.BoundGroupNormSiLU`: the choice is that of `fastdistill.ops.explain` at the first call; a
-    FASTDISTILL_BACKEND that changes later has no effect. Not differentiable.
+    As `fastdistill.engine.norm.BoundGroupNormSiLU`: the choice is that of `fastdistill.ops.explain` at the first call;
+    a FASTDISTILL_BACKEND that changes later has no effect. Not differentiable.
 
     Attributes:
-        explanations: of every kind of input so far, by its sizes as in "8x4096x77x40 x 1", the last one the batch.
+        explanations: of every kind of input so far, by its sizes as in "8x4096x77x40, batch 1".
     """
 
     def __init__(self) -> None:

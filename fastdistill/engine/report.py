@@ -39,8 +39,8 @@ class EngineReport:
         device, dtype, scheduler: what runs where, and how the model is sampled.
         passes: one report per pass, in the order of application, those that are switched off included.
         norms: which backend serves the GroupNorms, and why the others do not; None where the fused op is not used.
-        attention: which backend serves the attentions, and why the others do not, by the sizes (heads x queries x keys x
-            head dim, batch) that calls have asked for so far; None where torch's own function is called directly.
+        attention: which backend serves the attentions, and why the others do not, by the sizes (heads x queries x keys
+            x head dim, batch) that calls have asked for so far; None where torch's own function is called directly.
         graphs: whether CUDA graphs are used, and why not.
         notes: other facts, such as parts of the pipeline that are not run.
     """

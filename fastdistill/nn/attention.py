@@ -18,9 +18,10 @@ class FusedAttnProcessor:
         join_projections(unet)
 
     Queries, keys and values of self-attention come from one matrix product, keys and values of cross-attention from
-    one, where `fastdistill.nn.join_projections` (or `patch`) has moved the weights side by side. The joint matrix is the memory of the layers' own parameters, looked up at every call: a changed
-    weight is seen, whoever changed it. Projections that are no plain linear layers (LoRA, quantised, with hooks), or
-    that lie elsewhere, are called as the modules they are. So are all under autocast and `torch.compile`.
+    one, where `fastdistill.nn.join_projections` (or `patch`) has moved the weights side by side. The joint matrix is
+    the memory of the layers' own parameters, looked up at every call: a changed weight is seen, whoever changed it.
+    Projections that are no plain linear layers (LoRA, quantised, with hooks), or that lie elsewhere, are called as the
+    modules they are, and each is a product of its own under autocast and `torch.compile`.
 
     What it does not know (masks, IP-Adapter inputs, norms of queries and keys, added projections) it hands to
     `fallback`, and says so once.

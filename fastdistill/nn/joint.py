@@ -25,10 +25,11 @@ def join_projections(model: torch.nn.Module) -> int:
     """Move the projections of each diffusers `Attention` in `model` that read one input side by side in memory.
 
     Queries, keys and values where all have one input width, else keys and values. The parameters stay the objects they
-    are, with their values; state dicts, optimisers and saved files do not change. `fastdistill.nn.patch` does this except
-    on a CPU, where one product was measured to be no faster than three, and does it again when a patched model is moved
-    or copied; a model with `set_attn_processor(FusedAttnProcessor())` alone needs this call, once it is where it will
-    run. Tensors that shared memory with a parameter (`weight.data`, a state dict) no longer do, as after `model.to(…)`.
+    are, with their values; state dicts, optimisers and saved files do not change. `fastdistill.nn.patch` does this
+    except on a CPU, where one product was measured to be no faster than three, and does it again when a patched model
+    is moved or copied; a model with `set_attn_processor(FusedAttnProcessor())` alone needs this call, once it is where
+    it will run. Tensors that shared memory with a parameter (`weight.data`, a state dict) no longer do, as after
+    `model.to(…)`.
 
     Not while another thread runs the model or after a CUDA graph has recorded it: addresses change.
 

@@ -32,8 +32,8 @@ def patch(model: torch.nn.Module, ops: Iterable[str] = OPS, *, recompute: bool =
     """Let a model's modules run on the fused ops: the same numbers to rounding, in training and inference.
 
     Modules change their class or their attention processor, and (except on a CPU) the projections of an attention move
-    side by side in memory, nothing else: parameters (and an optimiser that holds them), state dict, hooks, modes and names stay. A
-    model that is patched already is restored first.
+    side by side in memory, nothing else: parameters (and an optimiser that holds them), state dict, hooks, modes and
+    names stay. A model that is patched already is restored first.
 
     Args:
         model: anything that holds diffusers' modules, such as `UNet2DConditionModel` or `AutoencoderKL`. Changed in

@@ -1,4 +1,4 @@
-"""One product for the projections that read one input: never with weights that are not the layers' own of that moment."""
+"""One product for the projections that read one input: never with other weights than the layers have at that moment."""
 
 import copy
 import io
@@ -131,7 +131,7 @@ def test_a_weight_changed_between_forward_and_backward_is_an_error():
         y.sum().backward()
 
 
-# ---- never with other weights than the layers have --------------------------------------------------------------------
+# ---- never with other weights than the layers have -------------------------------------------------------------------
 
 CHANGES = {
     "an optimiser's step": lambda attn: torch.optim.SGD(attn.parameters(), 1.0).step(),
