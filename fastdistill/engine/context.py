@@ -52,7 +52,8 @@ class CrossAttentionCache:
 
     def __call__(self, contexts: Sequence[Tensor]) -> Tensor:
         """(B, tokens, width) from B encoded prompts (1, tokens, D), each projected alone."""
-        projected = {id(context): self._project(context) for context in contexts}
+        distinct = {id(context): context for context in contexts}
+        projected = {key: self._project(context) for key, context in distinct.items()}
         return projected[id(contexts[0])] if len(contexts) == 1 else torch.cat([projected[id(c)] for c in contexts])
 
     def replace(self, index: int, weight: Tensor, bias: Tensor | None = None) -> None:
