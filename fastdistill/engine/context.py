@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastdistill.engine.attention import DirectAttention
+from fastdistill.engine.shared import Shared
 
 
 class CrossAttentionCache:
@@ -32,7 +33,7 @@ class CrossAttentionCache:
             self._weight = torch.cat([projection.weight for projection in projections]).detach()
             self._bias = self._join_biases(projections)
         self._capacity = capacity
-        self._entries: OrderedDict[int, tuple[Tensor, tuple, Tensor]] = OrderedDict()
+        self._entries: OrderedDict[int, tuple[Tensor, tuple, Shared]] = OrderedDict()
         self._lock = threading.Lock()
         self._columns = []
         total, start = len(self._weight), 0
@@ -83,11 +84,11 @@ class CrossAttentionCache:
             _, made_in, projected = self._entries.get(id(context), (None, None, None))
             if made_in == state:
                 self._entries.move_to_end(id(context))
-                return projected
+                return projected.get()
         projected = F.linear(context, self._weight, self._bias)
         if self._capacity:
             with self._lock:
-                self._entries[id(context)] = (context, state, projected)
+                self._entries[id(context)] = (context, state, Shared(projected))
                 self._entries.move_to_end(id(context))
                 if len(self._entries) > self._capacity:
                     self._entries.popitem(last=False)

@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
+from fastdistill.engine.shared import Shared
+
 
 class PromptEncoder:
     """Encodes prompts one by one and keeps the last `capacity` results (0 keeps none). Thread-safe.
@@ -20,7 +22,7 @@ class PromptEncoder:
         self._tokenizer = tokenizer
         self._text_encoder = text_encoder
         self._capacity = capacity
-        self._cache: OrderedDict[str, Tensor] = OrderedDict()
+        self._cache: OrderedDict[str, Shared] = OrderedDict()
         self._lock = threading.Lock()  # also for the tokenizer, whose padding is state that threads would share
         positions = getattr(text_encoder.config, "max_position_embeddings", tokenizer.model_max_length)
         self.limit = min(tokenizer.model_max_length, positions)
@@ -77,7 +79,7 @@ class PromptEncoder:
         with self._lock:
             if prompt in self._cache:
                 self._cache.move_to_end(prompt)
-                return self._cache[prompt]
+                return self._cache[prompt].get()
         tokens = tokens or self._tokenize(prompt)  # it was cached when it was looked at, and has been dropped since
         encoder = self._text_encoder
         mask = (
@@ -86,7 +88,7 @@ class PromptEncoder:
         embedding = encoder(tokens.input_ids.to(encoder.device), attention_mask=mask)[0]
         if self._capacity:
             with self._lock:
-                self._cache[prompt] = embedding
+                self._cache[prompt] = Shared(embedding)
                 if len(self._cache) > self._capacity:
                     self._cache.popitem(last=False)
         return embedding

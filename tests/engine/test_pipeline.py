@@ -232,9 +232,9 @@ def test_a_prompt_is_projected_for_cross_attention_once_until_it_is_forgotten(fo
     cache = pipe._parts.context
     first = pipe(["three", "seven", "three"], steps=2, guidance_scale=3, output="np")
     assert len(cache) == 3  # with the empty prompt
-    kept = [entry[-1] for entry in cache._entries.values()]
+    kept = [entry[-1].get() for entry in cache._entries.values()]
     np.testing.assert_array_equal(pipe(["three", "seven", "three"], steps=2, guidance_scale=3, output="np"), first)
-    assert all(any(entry[-1] is one for one in kept) for entry in cache._entries.values())
+    assert all(any(entry[-1].get() is one for one in kept) for entry in cache._entries.values())
     pipe.forget_prompts()
     assert len(cache) == 0
     np.testing.assert_array_equal(pipe(["three", "seven", "three"], steps=2, guidance_scale=3, output="np"), first)

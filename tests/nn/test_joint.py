@@ -5,8 +5,11 @@ import io
 
 import pytest
 import torch
+import torch.distributed as dist
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 
 from fastdistill.nn import FusedAttnProcessor, join_projections, joint, patch, unpatch
 from fastdistill.nn.joint import products, side_by_side
@@ -313,3 +316,28 @@ def test_works_with_gradient_checkpointing(everywhere):
     patch(model)
     model.enable_gradient_checkpointing()
     torch.testing.assert_close(model_result_and_gradients(model, unet_call), plain, rtol=1e-3, atol=1e-3)
+
+
+# ---- in sharded and replicated training ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def one_process():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("wrap", [fully_shard, DistributedDataParallel])
+def test_sharded_and_replicated_models_train_as_they_would_alone(wrap, one_process, everywhere):
+    torch.manual_seed(0)
+    model = sd_unet().double()
+    plain = model_result_and_gradients(copy.deepcopy(model), lambda m: unet_call(m, torch.float64))
+    patch(model)
+    wrapped = wrap(model)
+    y = unet_call(wrapped, torch.float64)
+    y.square().sum().backward()
+    torch.testing.assert_close(y.detach(), plain["y"])
+    for name, parameter in model.named_parameters():
+        grad = parameter.grad.full_tensor() if hasattr(parameter.grad, "full_tensor") else parameter.grad
+        torch.testing.assert_close(grad, plain[name])
