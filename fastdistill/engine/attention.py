@@ -19,7 +19,8 @@ class BoundAttention:
     """`fastdistill.ops.attention` that checks its input and chooses its backend once per kind of input.
 
     As `fastdistill.engine.norm.BoundGroupNormSiLU`: the choice is that of `fastdistill.ops.explain` at the first call;
-    a FASTDISTILL_BACKEND that changes later has no effect. Not differentiable.
+    a FASTDISTILL_BACKEND that changes later has no effect. Not differentiable. One per attention module, whose
+    projections have the same strides whenever they have the same shape.
 
     Attributes:
         explanations: of every kind of input so far, by its sizes as in "8x4096x77x40, batch 1".
@@ -30,8 +31,8 @@ class BoundAttention:
         self._bindings: dict[tuple, functools.partial] = {}
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """o (B, H, N, D) in (B, N, H, D) memory order from q (B, H, N, D) and k, v (B, H, M, D)."""
-        kind = (q.shape, k.shape, q.stride(), k.stride(), v.stride(), q.dtype, q.device)
+        """o (B, H, N, D), in whatever memory order, from q (B, H, N, D) and k, v (B, H, M, D)."""
+        kind = (q.shape, k.shape, q.dtype, q.device)
         kernel = self._bindings.get(kind)
         if kernel is None:
             kernel = self._bind(kind, q, k, v)
@@ -39,9 +40,11 @@ class BoundAttention:
 
     def _bind(self, kind: tuple, q: Tensor, k: Tensor, v: Tensor):
         explanation = explain("attention", q, k, v)
-        kernel = functools.partial(_KERNELS.get(explanation.backend, _library), scale=1 / math.sqrt(q.shape[-1]))
-        if kernel.func is _library:
-            kernel = functools.partial(kernel, explanation.backend)
+        scale = 1 / math.sqrt(q.shape[-1])
+        if explanation.backend in _KERNELS:
+            kernel = functools.partial(_KERNELS[explanation.backend], scale=scale)
+        else:
+            kernel = functools.partial(_library, explanation.backend, scale)
         if len(self._bindings) >= _MOST_BINDINGS:
             self._bindings.clear()
             self.explanations.clear()
@@ -55,11 +58,15 @@ def _triton(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
     return torch.ops.fastdistill.attention.triton(q, k, v, scale)[0]
 
 
-def _library(name: str, q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
+def _library(name: str, scale: float, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return attention_sdpa.attention(name, q, k, v, scale)
 
 
-_KERNELS = {"triton": _triton, "reference": reference}
+_KERNELS = {
+    "triton": _triton,
+    "reference": reference,
+    attention_sdpa.PLAIN: F.scaled_dot_product_attention,  # what reads the result copies it if it must
+}
 
 
 class Projection(torch.nn.Module):
