@@ -114,6 +114,14 @@ def test_any_of_the_weights_may_be_frozen(trained, input_needs):
         assert not any(y.requires_grad for y in ours)
 
 
+def test_keys_and_values_of_a_context_come_from_their_part_of_the_joint_weights(joint_products):
+    attn = joined("self")
+    tensors = (torch.randn(2, 9, 16).double(), torch.randn(2, 5, 16).double())
+    joint_products.clear()
+    assert_current(attn, tensors)
+    assert joint_products == [2]
+
+
 def test_an_input_of_no_rows_has_gradients_of_zero():
     attn = joined("self")
     x = torch.empty(0, 9, 16, dtype=torch.float64, requires_grad=True)
@@ -316,6 +324,48 @@ def test_works_with_gradient_checkpointing(everywhere):
     patch(model)
     model.enable_gradient_checkpointing()
     torch.testing.assert_close(model_result_and_gradients(model, unet_call), plain, rtol=1e-3, atol=1e-3)
+
+
+# ---- on a GPU --------------------------------------------------------------------------------------------------------
+
+
+def unet_call_on_gpu(model):
+    torch.manual_seed(1)
+    torch.randn(2, 8), torch.randn(2, 6)  # what unet_call draws first
+    x, context = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 12)
+    return model(x.cuda(), torch.tensor([3, 700]).cuda(), context.cuda()).sample
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_patched_model_joins_as_it_is_moved_there_and_computes_the_same():
+    model = sd_unet()
+    exact = model_result_and_gradients(model, unet_call)
+    patch(model)
+    assert not any(are_joined(model))
+    model.to("cuda")
+    assert all(are_joined(model))
+
+    found = model_result_and_gradients(model, unet_call_on_gpu)
+    for name, value in exact.items():
+        torch.testing.assert_close(found[name].cpu(), value, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_recorded_graph_sees_weights_changed_in_place():
+    attn = joined("self", torch.float32).cuda()
+    join_projections(attn)
+    x = torch.randn(2, 9, 16, device="cuda")
+    with torch.no_grad():
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            attn(x)
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = attn(x)
+        attn.to_v.weight.mul_(2)
+        graph.replay()
+        torch.testing.assert_close(y, plain_result(attn, (x,)), rtol=1e-3, atol=1e-4)
 
 
 # ---- in sharded and replicated training ------------------------------------------------------------------------------
