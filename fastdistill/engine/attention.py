@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ class BoundAttention:
 
     def __init__(self) -> None:
         self.explanations: dict[str, Explanation] = {}
-        self._bindings: dict[tuple, functools.partial] = {}
+        self._bindings: dict[tuple, Callable[[Tensor, Tensor, Tensor], Tensor]] = {}
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """o (B, H, N, D), in whatever memory order, from q (B, H, N, D) and k, v (B, H, M, D)."""
@@ -40,11 +41,7 @@ class BoundAttention:
 
     def _bind(self, kind: tuple, q: Tensor, k: Tensor, v: Tensor):
         explanation = explain("attention", q, k, v)
-        scale = 1 / math.sqrt(q.shape[-1])
-        if explanation.backend in _KERNELS:
-            kernel = functools.partial(_KERNELS[explanation.backend], scale=scale)
-        else:
-            kernel = functools.partial(_library, explanation.backend, scale)
+        kernel = _KERNELS.get(explanation.backend) or functools.partial(_library, explanation.backend)
         if len(self._bindings) >= _MOST_BINDINGS:
             self._bindings.clear()
             self.explanations.clear()
@@ -54,12 +51,12 @@ class BoundAttention:
         return kernel
 
 
-def _triton(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
-    return torch.ops.fastdistill.attention.triton(q, k, v, scale)[0]
+def _triton(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.ops.fastdistill.attention.triton(q, k, v, 1 / math.sqrt(q.shape[-1]))[0]
 
 
-def _library(name: str, scale: float, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return attention_sdpa.attention(name, q, k, v, scale)
+def _library(name: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return attention_sdpa.attention(name, q, k, v, 1 / math.sqrt(q.shape[-1]))
 
 
 _KERNELS = {
