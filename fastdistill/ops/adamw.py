@@ -214,13 +214,14 @@ _SCHEMA = (
 )
 
 # No Triton: the kernels take a table of pointers, of any number of tensors, which Triton's launcher has no type for.
-_kernels.define("adamw", _SCHEMA, lambda *_: None, None, names=("cuda", "cpu"))
+_NAMES = ("cuda", "cpu")
+_kernels.define("adamw", _SCHEMA, lambda *_: None, names=_NAMES)
 
 OP = _dispatch.register(
     _dispatch.Op(
         "adamw",
         _check,
-        tuple(b for b in _kernels.backends(_kernel_reasons, "batch") if b.name != "triton"),
+        _kernels.backends(_kernel_reasons, "batch", _NAMES),
         tensor="batch",
     )
 )

@@ -89,19 +89,19 @@ def _kernel_reasons(grads: Sequence[torch.Tensor]) -> list[str]:
 
 
 # No Triton: the kernels take a table of pointers, of any number of tensors, which Triton's launcher has no type for.
+_NAMES = ("cuda", "cpu")
 _kernels.define(
     "gradient_norm",
     "(Tensor[] grads) -> Tensor",
     lambda grads: grads[0].new_empty((), dtype=torch.float32),
-    None,
-    names=("cuda", "cpu"),
+    names=_NAMES,
 )
 
 OP = _dispatch.register(
     _dispatch.Op(
         "gradient_norm",
         _check,
-        tuple(b for b in _kernels.backends(_kernel_reasons, "grads") if b.name != "triton"),
+        _kernels.backends(_kernel_reasons, "grads", _NAMES),
         tensor="grads",
     )
 )
