@@ -1,30 +1,13 @@
 // gradient_norm on the CPU: a sum per chunk, and their sum in double precision, in one order whatever the threads do.
-#include "gradient_norm_kernel.h"
-
 #include <cmath>
 #include <vector>
 
-#include "capability.h"
 #include "chunks.h"
 #include "floats.h"
+#include "sum_of_squares.h"
 
 namespace fastdistill {
 namespace {
-
-SumOfSquares kernel_for(ScalarType type) {
-  const Element element = element_of(type);
-#if defined(__x86_64__)
-  switch (cpu_capability()) {
-    case Capability::Avx512:
-      return avx512::sum_of_squares(element);
-    case Capability::Avx2:
-      return avx2::sum_of_squares(element);
-    default:
-      break;
-  }
-#endif
-  return baseline::sum_of_squares(element);
-}
 
 Tensor gradient_norm(std::vector<Tensor> grads) {
   struct From {
@@ -36,7 +19,7 @@ Tensor gradient_norm(std::vector<Tensor> grads) {
   from.reserve(grads.size());
   for (const Tensor& g : grads) {
     from.push_back({static_cast<const char*>(g.const_data_ptr()), static_cast<int64_t>(g.element_size()),
-                    kernel_for(g.scalar_type())});
+                    sum_of_squares(g.scalar_type())});
   }
   const Chunks chunks(grads);
   std::vector<float> partial(static_cast<size_t>(chunks.count()));

@@ -1,33 +1,17 @@
-// squared_norm on the CPU: which thread does which piece of which sample. The loop is in squared_norm_kernel.cpp.
+// squared_norm on the CPU: which thread does which piece of which sample. The loop is in sum_of_squares_kernel.cpp.
 //
 // A sample is summed in pieces that its size alone decides, and these are added up in order, so a result does not
 // depend on the number of threads.
 #include <vector>
 
-#include "capability.h"
 #include "floats.h"
-#include "squared_norm_kernel.h"
+#include "sum_of_squares.h"
 #include "tensors.h"
 
 namespace fastdistill {
 namespace {
 
 constexpr int64_t kPiece = 16384;
-
-SumOfSquares kernel_for(ScalarType type) {
-  const Element element = element_of(type);
-#if defined(__x86_64__)
-  switch (cpu_capability()) {
-    case Capability::Avx512:
-      return avx512::sum_of_squares(element);
-    case Capability::Avx2:
-      return avx2::sum_of_squares(element);
-    default:
-      break;
-  }
-#endif
-  return baseline::sum_of_squares(element);
-}
 
 // One of the tensors: where its samples lie and in how many pieces each is summed. `before`: pieces of a sample in the
 // tensors in front of it.
@@ -46,7 +30,7 @@ Tensor squared_norm(const std::vector<Tensor>& tensors) {
     const int64_t bytes = static_cast<int64_t>(t.element_size()), size = t.numel() / std::max<int64_t>(1, samples);
     const int64_t pieces = (size + kPiece - 1) / kPiece;
     sources.push_back({static_cast<const char*>(t.const_data_ptr()), t.stride(0) * bytes, size, per_sample, pieces, bytes,
-                       kernel_for(t.scalar_type())});
+                       sum_of_squares(t.scalar_type())});
     per_sample += pieces;
   }
   const auto sums = floats(samples * per_sample);

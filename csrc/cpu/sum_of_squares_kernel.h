@@ -1,4 +1,4 @@
-// The loop of gradient_norm, one per instruction set and element type.
+// The loop of squared_norm and gradient_norm, one per instruction set and element type.
 #pragma once
 
 #include <stdint.h>
@@ -7,8 +7,7 @@
 
 namespace fastdistill {
 
-// The sum of the squares of `count` elements.
-using SumOfSquares = float (*)(const void* from, int64_t count);
+using SumOfSquares = float (*)(const void* values, int64_t count);
 
 #define FASTDISTILL_DECLARE(isa)        \
   namespace isa {                       \

@@ -1,5 +1,5 @@
-// The loop of squared_norm for the instruction set that FASTDISTILL_ISA names. Compiled once per set.
-#include "squared_norm_kernel.h"
+// The loop of squared_norm and gradient_norm for the instruction set that FASTDISTILL_ISA names. Compiled once per set.
+#include "sum_of_squares_kernel.h"
 
 #include "simd.h"
 
