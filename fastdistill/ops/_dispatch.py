@@ -6,8 +6,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 REFERENCE = "reference"
 
@@ -140,8 +142,8 @@ def select(op: Op, backend: str | None, *args, **kwargs) -> str:
 
 
 def device_of(argument) -> torch.device:
-    """Of a tensor, or of the first of a list."""
-    return argument.device if isinstance(argument, torch.Tensor) else argument[0].device
+    """Of a tensor (or whatever else has one), or of the first of a list."""
+    return (argument if hasattr(argument, "device") else argument[0]).device
 
 
 def _explanation(op: Op, chosen: str, args: tuple, kwargs: dict) -> Explanation:
