@@ -41,8 +41,17 @@ KERNELS = """
 import torch
 from fastdistill.bench.benchmark import OPS, Case, load
 from fastdistill.bench.modes import MODES
-odd = {"group_norm_silu": (96, 7, 5), "layer_norm": (7, 321), "geglu": (7, 66), "attention": (3, 7, 5, 40)}
-odd["weighted_squared_error"] = (3, 4, 65, 63)
+odd = {
+    "group_norm_silu": (96, 7, 5),
+    "layer_norm": (7, 321),
+    "geglu": (7, 66),
+    "attention": (3, 7, 5, 40),
+    "dmd_gradient": (3, 4, 7, 5),
+    "weighted_squared_error": (3, 4, 65, 63),
+    "lpips_distance": (37, 7, 5),
+    "adversarial_loss": (3, 7, 5),
+    "squared_norm": (3, 7, 5),
+}
 for op in map(load, OPS):
     known = {provider.name: provider for provider in op.providers}
     provider = known.get("cuda") or known["triton"]

@@ -13,7 +13,17 @@ from .roofline import Cost
 from .tiling import Tiling
 
 # The ops that have a file here. One op, one name: `fastdistill.bench.<op>` holds its BENCHMARK.
-OPS = ("group_norm_silu", "layer_norm", "geglu", "attention", "weighted_squared_error")
+OPS = (
+    "group_norm_silu",
+    "layer_norm",
+    "geglu",
+    "attention",
+    "dmd_gradient",
+    "weighted_squared_error",
+    "lpips_distance",
+    "adversarial_loss",
+    "squared_norm",
+)
 
 
 class UnknownName(ValueError):
@@ -44,7 +54,8 @@ def cases(shapes: Mapping[str, Sequence[tuple[int, ...]]], variants: Sequence[st
 
 @dataclass(frozen=True)
 class Inputs:
-    """The arguments of one call by name, and one gradient per output by the output's name."""
+    """The arguments of one call by name, and one gradient per output by the output's name. Of `tensors` gradients are
+    taken; what needs none, numbers and further tensors alike, is in `constants`."""
 
     tensors: dict[str, torch.Tensor]
     grad_outputs: dict[str, torch.Tensor]
@@ -55,13 +66,14 @@ class Inputs:
         return Inputs(
             {name: t.to(dtype) for name, t in self.tensors.items()},
             {name: t.to(dtype) for name, t in self.grad_outputs.items()},
-            self.constants,
+            {name: v.to(dtype) if isinstance(v, torch.Tensor) else v for name, v in self.constants.items()},
         )
 
     def nbytes(self, mode: str) -> int:
         """Read by one call: a forward pass has no use for gradients."""
         gradients = () if mode == "forward" else self.grad_outputs.values()
-        return sum(t.nbytes for t in (*self.tensors.values(), *gradients))
+        constants = [v for v in self.constants.values() if isinstance(v, torch.Tensor)]
+        return sum(t.nbytes for t in (*self.tensors.values(), *constants, *gradients))
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ library. No GPU is needed.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import re
 import subprocess
 from collections import defaultdict
@@ -85,7 +86,9 @@ def _capability(architecture: str) -> int:
 
 
 def triton_versions(op: str, capability: int) -> Iterator[Version]:
-    """Every version of an op's Triton kernels, compiled for a compute capability (90 for 9.0)."""
+    """Every version of an op's Triton kernels, compiled for a compute capability (90 for 9.0). An op may have none."""
+    if importlib.util.find_spec(f"fastdistill.kernels.{op}") is None:
+        return
     for specialisation in importlib.import_module(f"fastdistill.kernels.{op}").specialisations():
         name = f"{op}.{specialisation.kernel.__name__.strip('_')}"
         threads = 32 * specialisation.options["num_warps"]

@@ -114,6 +114,36 @@ def snr_weight(
     return (least / divisor).square()
 
 
+def _terms(prediction_type: str) -> tuple[float, float, float, float]:
+    (a, b), (with_sigma, _), (_, with_alpha) = (
+        prediction_coefficients(prediction_type, alpha, sigma) for alpha, sigma in ((0.0, 0.0), (0.0, 1.0), (1.0, 0.0))
+    )
+    return a, with_sigma - a, b, with_alpha - b
+
+
+_EPSILON_AT_ZERO = ('an "epsilon" prediction', "Schedule.at(t, original=True) gives the usual way out")
+_TERMS = {name: _terms(name) for name in PREDICTION_TYPES}
+
+
+def prediction_terms(prediction_type: str) -> tuple[float, float, float, float]:
+    """(a, a_sigma, b, b_alpha): an output is `(a + a_sigma * sigma) * data + (b + b_alpha * alpha) * noise`.
+
+    The table of prediction types as plain numbers, for code that cannot call this module: kernels.
+    """
+    return _TERMS[check_prediction_type(prediction_type)]
+
+
+def check_to_data(x_t: Tensor, alpha: Tensor | float, sigma: Tensor | float, prediction_type: str) -> None:
+    """Raise what `to_data` raises for predictions at x_t, without computing anything."""
+    check_prediction_type(prediction_type)
+    if prediction_type == "sample":
+        return
+    _check_coefficient("alpha", alpha, x_t)
+    _check_coefficient("sigma", sigma, x_t)
+    if prediction_type == "epsilon":
+        _refuse_zero("alpha", alpha, *_EPSILON_AT_ZERO)
+
+
 def convert(
     pred: Tensor, x_t: Tensor, alpha: Tensor | float, sigma: Tensor | float, source: str, target: str
 ) -> Tensor:
@@ -140,7 +170,7 @@ def convert(
     if source == target:
         return pred
     if source == "epsilon":
-        _refuse_zero("alpha", alpha, 'an "epsilon" prediction', "Schedule.at(t, original=True) gives the usual way out")
+        _refuse_zero("alpha", alpha, *_EPSILON_AT_ZERO)
     elif source == "sample":
         _refuse_zero("sigma", sigma, 'a "sample" prediction', "there x_t contains no noise")
     dtype = _compute_dtype(pred, x_t)
@@ -447,17 +477,23 @@ def _compute_dtype(*tensors: Tensor) -> torch.dtype:
 
 def _per_sample(name: str, value: Tensor | float, like: Tensor, dtype: torch.dtype) -> Tensor:
     """`value` as a tensor that broadcasts over the batch of `like`: () or (B, 1, 1, ...)."""
+    _check_coefficient(name, value, like)
     if not isinstance(value, Tensor):
         return torch.as_tensor(value, dtype=dtype, device=like.device)
     if value.ndim == 0:
         return value.to(dtype)
+    return value.to(dtype).reshape(-1, *(1,) * (like.ndim - 1))
+
+
+def _check_coefficient(name: str, value: Tensor | float, like: Tensor) -> None:
+    if not isinstance(value, Tensor) or value.ndim == 0:
+        return
     if value.shape != like.shape[:1]:
         raise ValueError(
             f"{name} must be a number or of shape ({like.shape[0]},), one per sample; got {tuple(value.shape)}"
         )
     if value.device != like.device:
         raise ValueError(f"{name} is on {value.device}, the sample on {like.device}")
-    return value.to(dtype).reshape(-1, *(1,) * (like.ndim - 1))
 
 
 def _check_sample(name: str, x: Tensor) -> None:
@@ -492,7 +528,8 @@ def _values_can_be_read(x: Tensor) -> bool:
 
 def _refuse_zero(name: str, value: Tensor | float, what: str, advice: str) -> None:
     if isinstance(value, Tensor):
-        zero = _values_can_be_read(value) and bool((value == 0).any())
+        values = value.tolist() if _values_can_be_read(value) else []  # dispatches nothing, unlike (value == 0).any()
+        zero = 0 in values if isinstance(values, list) else values == 0
     else:
         zero = value == 0
     if zero:

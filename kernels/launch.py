@@ -15,7 +15,7 @@ import triton
 
 Argument = torch.Tensor | int | float | None
 
-_POINTER_TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+_POINTER_TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int64: "*i64"}
 
 
 @dataclass(frozen=True)
@@ -60,15 +60,17 @@ class Launch:
         num_warps: int,
         num_stages: int | None = None,
         maxnreg: int | None = None,
+        fuse: bool = True,
     ) -> Launch:
         """Take from `arguments` and `constexprs` what the kernel names, so that the kernels of one plan can share both.
 
         num_stages: tiles of a loop's loads in flight; None leaves it to Triton.
         maxnreg: registers per thread at most; None leaves it to the assembler.
+        fuse: whether a product and a sum behind it may be one instruction, which rounds once.
         """
         taken = {name: arguments[name] for name in kernel.arg_names if name not in constexprs}
         # Fusion is named although it is the default up to Triton 3.9: 3.10 turns it off unless asked.
-        options = {"num_warps": num_warps, "enable_fp_fusion": True}
+        options = {"num_warps": num_warps, "enable_fp_fusion": fuse}
         if num_stages is not None:
             options["num_stages"] = num_stages
         if maxnreg is not None:

@@ -2,9 +2,68 @@
 
 from __future__ import annotations
 
+import functools
+import math
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from fastdistill.ops import Explanation, attention_sdpa, explain
+from fastdistill.ops.attention import reference
+
+_MOST_BINDINGS = 64
+
+
+class BoundAttention:
+    """`fastdistill.ops.attention` that checks its input and chooses its backend once per kind of input.
+
+    As `fastdistill.engine.norm.BoundGroupNormSiLU`: the choice is that of `fastdistill.ops.explain` at the first call;
+    a FASTDISTILL_BACKEND that changes later has no effect. Not differentiable. One per attention module, whose
+    projections have the same strides whenever they have the same shape.
+
+    Attributes:
+        explanations: of every kind of input so far, by its sizes as in "8x4096x77x40, batch 1".
+    """
+
+    def __init__(self) -> None:
+        self.explanations: dict[str, Explanation] = {}
+        self._bindings: dict[tuple, Callable[[Tensor, Tensor, Tensor], Tensor]] = {}
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """o (B, H, N, D), in whatever memory order, from q (B, H, N, D) and k, v (B, H, M, D)."""
+        kind = (q.shape, k.shape, q.dtype, q.device)
+        kernel = self._bindings.get(kind)
+        if kernel is None:
+            kernel = self._bind(kind, q, k, v)
+        return kernel(q, k, v)
+
+    def _bind(self, kind: tuple, q: Tensor, k: Tensor, v: Tensor):
+        explanation = explain("attention", q, k, v)
+        kernel = _KERNELS.get(explanation.backend) or functools.partial(_library, explanation.backend)
+        if len(self._bindings) >= _MOST_BINDINGS:
+            self._bindings.clear()
+            self.explanations.clear()
+        batch, heads, queries, width = q.shape
+        self.explanations[f"{heads}x{queries}x{k.shape[2]}x{width}, batch {batch}"] = explanation
+        self._bindings[kind] = kernel
+        return kernel
+
+
+def _triton(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.ops.fastdistill.attention.triton(q, k, v, 1 / math.sqrt(q.shape[-1]))[0]
+
+
+def _library(name: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return attention_sdpa.attention(name, q, k, v, 1 / math.sqrt(q.shape[-1]))
+
+
+_KERNELS = {
+    "triton": _triton,
+    "reference": reference,
+    attention_sdpa.PLAIN: F.scaled_dot_product_attention,  # what reads the result copies it if it must
+}
 
 
 class Projection(torch.nn.Module):
@@ -31,7 +90,7 @@ class Projection(torch.nn.Module):
 
 
 class DirectAttention(torch.nn.Module):
-    """Multi-head attention over tokens, the projections that share an input done by one product.
+    """Multi-head attention over tokens, the projections that share an input done by one product, read in place.
 
     The arithmetic of diffusers' `Attention` with `AttnProcessor2_0`, which inspects its processor's signature at every
     call (some 30 microseconds).
@@ -39,6 +98,9 @@ class DirectAttention(torch.nn.Module):
     Args:
         attention: an `Attention` for which `why_not_direct` has nothing to say.
         cross: keys and values come from the context; otherwise from the tokens themselves.
+
+    Attributes:
+        joint: of the tokens (B, N, C) q, k and v side by side (B, N, 3 * heads * D); of the context k and v.
     """
 
     def __init__(self, attention, *, cross: bool) -> None:
@@ -49,6 +111,7 @@ class DirectAttention(torch.nn.Module):
         from_context = (attention.to_k, attention.to_v)
         self.joint = Projection.joining(*from_context) if cross else Projection.joining(attention.to_q, *from_context)
         self.out = attention.to_out[0]
+        self.attend = BoundAttention()
 
     def forward(self, tokens: Tensor, encoder_hidden_states: Tensor | None = None, attention_mask=None) -> Tensor:
         if self.cross:
@@ -56,7 +119,7 @@ class DirectAttention(torch.nn.Module):
             k, v = self.joint(encoder_hidden_states).chunk(2, dim=-1)
         else:
             q, k, v = self.joint(tokens).chunk(3, dim=-1)
-        attended = F.scaled_dot_product_attention(self._split(q), self._split(k), self._split(v))
+        attended = self.attend(self._split(q), self._split(k), self._split(v))
         return self.out(attended.transpose(1, 2).flatten(2))
 
     def _split(self, x: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from fastdistill.engine.context import CrossAttentionCache
 from fastdistill.models import ModelError
 
 
@@ -22,6 +23,7 @@ class Components:
         scaling_factor: latents are divided by it before they are decoded.
         sample_size: (height, width) of the latents that the UNet was made for.
         image_scale: pixels per latent.
+        context: set by `cross_attention_cache`: what turns encoded prompts into what the UNet then attends to.
         folded_blocks: set by `fold_timestep`: the residual blocks that take their time embedding as a bias.
         fold_scales, prompt_cache: set by the passes of these names.
         notes: facts about the pipeline that a user should know, for `explain()`.
@@ -36,6 +38,7 @@ class Components:
     scaling_factor: float
     sample_size: tuple[int, int]
     image_scale: int
+    context: CrossAttentionCache | None = None
     folded_blocks: tuple[torch.nn.Module, ...] | None = None
     fold_scales: bool = False
     prompt_cache: int = 0

@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from fastdistill.diffusion import guide
 from fastdistill.engine import images
+from fastdistill.engine.attention import DirectAttention
 from fastdistill.engine.components import Components, take_apart
 from fastdistill.engine.graph import GraphCache
 from fastdistill.engine.norm import BoundGroupNormSiLU
@@ -162,7 +164,7 @@ class OneStepPipeline:
             tokens |= self._prompts.tokenize("negative_prompt", request.negative_prompts)
         with torch.inference_mode():
             program = self._program(request.steps)
-            context = self._prompts((*(request.negative_prompts or ()), *request.prompts), tokens)
+            context = self._context((*(request.negative_prompts or ()), *request.prompts), tokens)
             result = self._run(request, program, self._noise(request, program.plan), context)
         if output == "pil":
             return images.to_pil(result)
@@ -195,7 +197,10 @@ class OneStepPipeline:
             self(["warm-up"] * batch, steps=steps, guidance_scale=guidance_scale, output=output, size=size)
 
     def explain(self) -> EngineReport:
-        """What every pass did and could not do, which backend serves the norms, and whether graphs are used."""
+        """What every pass did and could not do, which backends serve norms and attention, and whether graphs are used.
+
+        Attention is chosen by its sizes: what is told of it is what the calls so far (`warmup`) have asked for.
+        """
         scheduler = self._parts.scheduler
         return EngineReport(
             model=self.name,
@@ -204,13 +209,16 @@ class OneStepPipeline:
             scheduler=f"{type(scheduler).__name__} ({scheduler.config.prediction_type})",
             passes=self._reports,
             norms=self._explain_norms(),
+            attention=self._explain_attention(),
             graphs=self._explain_graphs(),
             notes=self._parts.notes,
         )
 
     def forget_prompts(self) -> None:
-        """Empty the prompt cache: the next call encodes its prompts again."""
+        """Empty the caches of prompts: the next call encodes its prompts, and projects them, again."""
         self._prompts.clear()
+        if self._parts.context is not None:
+            self._parts.context.clear()
 
     def _program(self, steps: int) -> _Program:
         """The program of this many steps, made on first use; the last few are kept."""
@@ -230,6 +238,13 @@ class OneStepPipeline:
         if parts.folded_blocks is not None:
             times = [fold(parts.unet, parts.folded_blocks, time) for time in times]
         return _Program(plan, kind(plan, 1 / parts.scaling_factor), tuple(times))
+
+    def _context(self, prompts: Sequence[str], tokens: Mapping[str, Any]) -> Tensor:
+        """(B, tokens, D) what the UNet is given as its context: encoded prompts, or their keys and values."""
+        encoded = self._prompts(prompts, tokens)
+        if self._parts.context is not None:
+            return self._parts.context(encoded)
+        return torch.cat(encoded) if len(encoded) > 1 else encoded[0]
 
     def _noise(self, request: Request, plan: Plan) -> Tensor:
         """(1 + n, B, C, h, w): the first latents and the n fresh noises of the plan, per image from its own generator.
@@ -294,6 +309,14 @@ class OneStepPipeline:
                 x = torch.empty(1, module.num_channels, 8, 8, dtype=self.dtype, device=self.device)
                 return explain("group_norm_silu", x, module.num_groups, module.weight, module.bias, module.eps)
         return None
+
+    def _explain_attention(self) -> dict[str, Explanation] | None:
+        found = None
+        for network in self._parts.networks.values():
+            for module in network.modules():
+                if isinstance(module, DirectAttention):
+                    found = {**(found or {}), **module.attend.explanations}
+        return found
 
     def _explain_graphs(self) -> str:
         if self._graphs is None:

@@ -7,8 +7,9 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
+
+from fastdistill.engine.shared import Shared
 
 
 class PromptEncoder:
@@ -21,7 +22,7 @@ class PromptEncoder:
         self._tokenizer = tokenizer
         self._text_encoder = text_encoder
         self._capacity = capacity
-        self._cache: OrderedDict[str, Tensor] = OrderedDict()
+        self._cache: OrderedDict[str, Shared] = OrderedDict()
         self._lock = threading.Lock()  # also for the tokenizer, whose padding is state that threads would share
         positions = getattr(text_encoder.config, "max_position_embeddings", tokenizer.model_max_length)
         self.limit = min(tokenizer.model_max_length, positions)
@@ -45,13 +46,16 @@ class PromptEncoder:
                 )
         return tokens
 
-    def __call__(self, prompts: Sequence[str], tokens: Mapping[str, Any]) -> Tensor:
-        """(B, tokens, D) in the text encoder's dtype and on its device; `tokens` is what `tokenize` gave."""
+    def __call__(self, prompts: Sequence[str], tokens: Mapping[str, Any]) -> list[Tensor]:
+        """(1, tokens, D) per prompt, in the text encoder's dtype and on its device; `tokens` is what `tokenize` gave.
+
+        The same tensor again for a prompt that is cached. Nobody may write to it.
+        """
         encoded: dict[str, Tensor] = {}
         for prompt in prompts:
             if prompt not in encoded:
                 encoded[prompt] = self._encode(prompt, tokens.get(prompt))
-        return torch.cat([encoded[prompt] for prompt in prompts]) if len(prompts) > 1 else encoded[prompts[0]]
+        return [encoded[prompt] for prompt in prompts]
 
     def clear(self) -> None:
         """Forget every cached prompt."""
@@ -75,7 +79,7 @@ class PromptEncoder:
         with self._lock:
             if prompt in self._cache:
                 self._cache.move_to_end(prompt)
-                return self._cache[prompt]
+                return self._cache[prompt].get()
         tokens = tokens or self._tokenize(prompt)  # it was cached when it was looked at, and has been dropped since
         encoder = self._text_encoder
         mask = (
@@ -84,7 +88,7 @@ class PromptEncoder:
         embedding = encoder(tokens.input_ids.to(encoder.device), attention_mask=mask)[0]
         if self._capacity:
             with self._lock:
-                self._cache[prompt] = embedding
+                self._cache[prompt] = Shared(embedding)
                 if len(self._cache) > self._capacity:
                     self._cache.popitem(last=False)
         return embedding

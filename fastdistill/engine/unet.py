@@ -23,7 +23,7 @@ def unet_forward(unet, x: Tensor, time: Tensor | tuple[Tensor, ...], context: Te
         unet: a `UNet2DConditionModel`, rewritten by passes or not.
         x: (B, C, H, W) noisy latents.
         time: (B, D) from `time_embedding`, or one bias per residual block where the timestep was folded.
-        context: (B, tokens, D) the encoded prompt.
+        context: (B, tokens, D) the encoded prompt, or what a `CrossAttentionCache` made of it where one was applied.
     """
     # Sizes that do not halve evenly all the way down: each upsampling is told the size of its skip connection.
     uneven = any(size % 2**unet.num_upsamplers for size in x.shape[-2:])

@@ -1,5 +1,7 @@
 """How good generated samples are, and how sure one can be of it: docs/metrics.md says what each figure can show."""
 
+from fastdistill.losses import straightness
+
 from .accuracy import classifier_accuracy
 from .clip import clip_score, clip_similarities
 from .diversity import diversity
@@ -20,4 +22,5 @@ __all__ = [
     "inception_statistics",
     "precision_recall",
     "sliced_wasserstein",
+    "straightness",
 ]

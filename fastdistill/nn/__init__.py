@@ -3,6 +3,7 @@
 from fastdistill.nn.attention import FusedAttnProcessor
 from fastdistill.nn.geglu import GEGLU
 from fastdistill.nn.group_norm_silu import GroupNormSiLU
+from fastdistill.nn.joint import join_projections
 from fastdistill.nn.layer_norm import LayerNorm
 from fastdistill.nn.patch import PatchReport, patch, unpatch
 
@@ -12,6 +13,7 @@ __all__ = [
     "GroupNormSiLU",
     "LayerNorm",
     "PatchReport",
+    "join_projections",
     "patch",
     "unpatch",
 ]

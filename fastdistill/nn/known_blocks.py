@@ -5,6 +5,17 @@ from __future__ import annotations
 import torch
 
 
+def is_plain(module: torch.nn.Module, kind: type) -> bool:
+    """Whether the module is of this very class and may be computed without being called."""
+    hooks = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
+    return type(module) is kind and "forward" not in module.__dict__ and not any(hooks)
+
+
 def why_not_residual(block) -> str | None:
     """Why a `ResnetBlock2D` is not norm, SiLU, convolution, time, norm, SiLU, convolution; None when it is."""
     if not isinstance(block.nonlinearity, torch.nn.SiLU):

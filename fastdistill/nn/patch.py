@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from fastdistill.nn.attention import FusedAttnProcessor
+from fastdistill.nn.joint import join_where_it_pays, separate
 
 OPS = ("group_norm_silu", "layer_norm", "geglu", "attention")
 _DEFERRED_NORM = "deferred_norm"
@@ -30,15 +31,16 @@ class PatchReport:
 def patch(model: torch.nn.Module, ops: Iterable[str] = OPS, *, recompute: bool = False) -> PatchReport:
     """Let a model's modules run on the fused ops: the same numbers to rounding, in training and inference.
 
-    Modules change their class or their attention processor, nothing else: parameters (and an optimiser that holds
-    them), state dict, hooks, modes and names stay. A model that is patched already is restored first.
+    Modules change their class or their attention processor, and (except on a CPU) the projections of an attention move
+    side by side in memory, nothing else: parameters (and an optimiser that holds them), state dict, hooks, modes and
+    names stay. A model that is patched already is restored first.
 
     Args:
         model: anything that holds diffusers' modules, such as `UNet2DConditionModel` or `AutoencoderKL`. Changed in
             place.
         ops: of "group_norm_silu" (residual blocks with their time embedding, output norms, norms in front of
             attention), "layer_norm" (with the residual sum in front of it), "geglu", and "attention" (by one
-            `FusedAttnProcessor`, in place of diffusers' plain processor alone).
+            `FusedAttnProcessor`, in place of diffusers' plain processor alone, with `join_projections`).
         recompute: save less for the backward pass, and compute it again there: what a convolution or a linear layer
             needs of its input is recomputed from the input of the norm or GEGLU in front of it, which is saved anyway.
             Costs no matrix product.
@@ -70,6 +72,7 @@ def patch(model: torch.nn.Module, ops: Iterable[str] = OPS, *, recompute: bool =
             if site.attention is not None:
                 site.attention.__dict__[_REPLACED_PROCESSOR] = site.attention.processor
                 site.attention.processor = processor
+                join_where_it_pays(site.attention)
     return PatchReport(dict(changed), dict(left))
 
 
@@ -78,12 +81,13 @@ def unpatch(model: torch.nn.Module) -> int:
     count = 0
     for module in model.modules():
         processor = module.__dict__.pop(_REPLACED_PROCESSOR, None)
-        if processor is not None and isinstance(module.processor, FusedAttnProcessor):  # not somebody's later choice
-            module.processor = processor
-            count += 1
+        if processor is not None:
+            separate(module)
+            if isinstance(module.processor, FusedAttnProcessor):  # not somebody's later choice
+                module.processor = processor
         replaced = getattr(type(module), "replaces", None)
         if replaced is not None:
             module.__class__ = replaced
             module.__dict__.pop(_DEFERRED_NORM, None)
-            count += 1
+        count += processor is not None or replaced is not None
     return count

@@ -9,10 +9,12 @@ from __future__ import annotations
 import torch
 from diffusers.models.activations import GEGLU
 from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor
 
 from fastdistill.nn.group_norm_silu import GroupNormSiLU
+from fastdistill.nn.joint import join_where_it_pays
 from fastdistill.nn.layer_norm import LayerNorm
 from fastdistill.ops import geglu
 
@@ -47,6 +49,21 @@ class PatchedGEGLU(GEGLU):
 
     def forward(self, hidden_states: Tensor, *_: object, **__: object) -> Tensor:
         return geglu(self.proj(hidden_states))
+
+
+class PatchedAttention(Attention):
+    """Its projections lie side by side in memory where it pays, also after it was moved (`.to()`) or copied."""
+
+    replaces = Attention
+
+    def _apply(self, *args: object, **kwargs: object) -> PatchedAttention:
+        super()._apply(*args, **kwargs)
+        join_where_it_pays(self)
+        return self
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        super().__setstate__(state)
+        join_where_it_pays(self)
 
 
 class PatchedResnetBlock2D(ResnetBlock2D):

@@ -13,8 +13,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastdistill.nn.attention import FusedAttnProcessor
-from fastdistill.nn.known_blocks import why_not_direct
+from fastdistill.nn.joint import linears
+from fastdistill.nn.known_blocks import is_plain, why_not_direct
 from fastdistill.nn.patched import (
+    PatchedAttention,
     PatchedGEGLU,
     PatchedGroupNorm,
     PatchedGroupNormSiLU,
@@ -24,17 +26,6 @@ from fastdistill.nn.patched import (
 )
 from fastdistill.nn.recompute import geglu_linear, group_norm_silu_conv2d, layer_norm_linears
 from fastdistill.ops import attention as fused_attention
-
-
-def is_plain(module: torch.nn.Module, kind: type) -> bool:
-    """Whether the module is of this very class and may be computed without being called."""
-    hooks = (
-        module._forward_hooks,
-        module._forward_pre_hooks,
-        module._backward_hooks,
-        module._backward_pre_hooks,
-    )
-    return type(module) is kind and "forward" not in module.__dict__ and not any(hooks)
 
 
 def is_plain_convolution(module: torch.nn.Module) -> bool:
@@ -137,10 +128,10 @@ class RecomputedTransformerBlock(PatchedTransformerBlock):
         self, out: Tensor, h: Tensor, context: Tensor | None, mask: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         attention = self.attn2
-        if context is None or mask is not None or not _is_plain_attention(attention, self.norm2):
+        if not isinstance(context, Tensor) or mask is not None or not _is_plain_attention(attention, self.norm2):
             return super()._attend_to_context(out, h, context, mask)
         q, h = _norm_linears(self.norm2, out, (attention.to_q,), residual=h)
-        return _attend(attention, q, attention.to_k(context), attention.to_v(context)), h
+        return _attend(attention, q, *linears(context, (attention.to_k, attention.to_v))), h
 
     def _feed_forward(self, out: Tensor, h: Tensor) -> Tensor:
         plain = (
@@ -154,7 +145,7 @@ class RecomputedTransformerBlock(PatchedTransformerBlock):
 
 def _is_plain_attention(attention: Attention, norm: torch.nn.Module) -> bool:
     return (
-        is_plain(attention, Attention)
+        (is_plain(attention, Attention) or is_plain(attention, PatchedAttention))
         and is_plain(norm, PatchedLayerNorm)
         and all(is_plain(layer, torch.nn.Linear) for layer in (attention.to_q, attention.to_k, attention.to_v))
         and why_not_direct(attention) is None

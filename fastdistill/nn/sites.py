@@ -13,7 +13,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 
 from fastdistill.nn import patched, recomputed
-from fastdistill.nn.known_blocks import why_not_direct, why_not_residual
+from fastdistill.nn.known_blocks import is_plain, why_not_direct, why_not_residual
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def _output_norm(norm, activation, conv, recompute: bool) -> Site:
 
 
 def _can_defer(norm: torch.nn.Module, conv: torch.nn.Module) -> bool:
-    return recomputed.is_plain(norm, torch.nn.GroupNorm) and recomputed.is_plain_convolution(conv)
+    return is_plain(norm, torch.nn.GroupNorm) and recomputed.is_plain_convolution(conv)
 
 
 def _layer_norm(model: torch.nn.Module, recompute: bool) -> Iterator[Site]:
@@ -137,8 +137,11 @@ def _geglu(model: torch.nn.Module, recompute: bool) -> Iterator[Site]:
 def _attention(model: torch.nn.Module, recompute: bool) -> Iterator[Site]:
     for module in model.modules():
         if isinstance(module, Attention):
-            reason = _replaced(module) or why_not_direct(module)
-            yield Site("attention", reason=reason, attention=None if reason else module)
+            if reason := _replaced(module) or why_not_direct(module):
+                yield Site("attention", reason=reason)
+            else:
+                classes = {module: patched.PatchedAttention} if type(module) is Attention else {}
+                yield Site("attention", classes, attention=module)
 
 
 def _replaced(module: torch.nn.Module) -> str | None:

@@ -6,6 +6,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 REFERENCE = "reference"
 
@@ -29,7 +33,7 @@ class Backend:
 @dataclass(frozen=True)
 class Op:
     """An op: its name, the check of its arguments (raises), its backends in order of preference, and what its first
-    argument is called, the tensor whose device decides.
+    argument is called, the tensor (or list of them) whose device decides.
 
     `preferred(*args, **kwargs)`: names of backends to be tried before that order, where the best one depends on the
     call. `notes(*args, **kwargs)`: what `explain` adds, by the name of a backend, or "choice" for why one is preferred.
@@ -126,7 +130,7 @@ def select(op: Op, backend: str | None, *args, **kwargs) -> str:
         if reasons:
             raise BackendError(f"{op.name}: backend {name!r} cannot serve this call: {'; '.join(reasons)}")
         return name
-    device = (args[0] if args else kwargs[op.tensor]).device.type
+    device = device_of(args[0] if args else kwargs[op.tensor]).type
     candidates = op.backends
     if op.preferred is not None:
         candidates = (*(op.backend(name) for name in op.preferred(*args, **kwargs)), *candidates)
@@ -135,6 +139,11 @@ def select(op: Op, backend: str | None, *args, **kwargs) -> str:
         if candidate.device in (None, device) and not candidate.supports(*args, **kwargs):
             return candidate.name
     raise BackendError(str(_explanation(op, "none", args, kwargs)))
+
+
+def device_of(argument) -> torch.device:
+    """Of a tensor (or whatever else has one), or of the first of a list."""
+    return (argument if hasattr(argument, "device") else argument[0]).device
 
 
 def _explanation(op: Op, chosen: str, args: tuple, kwargs: dict) -> Explanation:

@@ -26,9 +26,13 @@ def interpreting() -> bool:
 
 
 def define(
-    op: str, schema: str, fake: Callable[..., object], triton: Callable[..., object], names: tuple[str, ...] = NAMES
+    op: str,
+    schema: str,
+    fake: Callable[..., object],
+    triton: Callable[..., object] | None = None,
+    names: tuple[str, ...] = NAMES,
 ) -> None:
-    """Register `fastdistill::<op>.<name>` for every name, with its fake, and the Triton implementation.
+    """Register `fastdistill::<op>.<name>` for every name, with its fake, and the Triton implementation if there is one.
 
     schema: arguments and results, `(Tensor x, …) -> …`.
     """
@@ -36,19 +40,23 @@ def define(
         overload = f"{op}.{name}"
         _LIBRARY.define(overload + schema, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(f"fastdistill::{overload}", fake, lib=_LIBRARY)
+    if triton is None:
+        return
     for device in ("CUDA", "CPU") if interpreting() else ("CUDA",):
         _LIBRARY.impl(f"{op}.triton", triton, device)
 
 
-def backends(reasons: Callable[..., list[str]], tensor: str = "x") -> tuple[_dispatch.Backend, ...]:
-    """The records of an op's three kernels and its reference.
+def backends(
+    reasons: Callable[..., list[str]], tensor: str = "x", names: tuple[str, ...] = NAMES
+) -> tuple[_dispatch.Backend, ...]:
+    """The records of an op's kernels and its reference.
 
     reasons(*args, **kwargs): what no kernel serves, whoever wrote it; called with the op's own arguments, the first of
-    which (`tensor`) has the device that decides.
+    which (`tensor`, or a list of them) has the device that decides.
     """
 
     def device_of(args, kwargs) -> torch.device:
-        return (args[0] if args else kwargs[tensor]).device
+        return _dispatch.device_of(args[0] if args else kwargs[tensor])
 
     def cpu_supports(*args, **kwargs) -> list[str]:
         device = device_of(args, kwargs)
@@ -66,12 +74,13 @@ def backends(reasons: Callable[..., list[str]], tensor: str = "x") -> tuple[_dis
             return triton_available() + reasons(*args, **kwargs)
         return ["needs a CUDA tensor (or TRITON_INTERPRET=1)", *reasons(*args, **kwargs)]
 
-    return (
+    kernels = (
         _dispatch.Backend("cuda", cuda_supports, cuda_available, "cuda"),
         _dispatch.Backend("triton", triton_supports, triton_available, "cuda"),
         _dispatch.Backend("cpu", cpu_supports, cpu_available, "cpu"),
-        _dispatch.Backend(_dispatch.REFERENCE, _nothing_against),
     )
+    served = tuple(kernel for kernel in kernels if kernel.name in names)
+    return *served, _dispatch.Backend(_dispatch.REFERENCE, _nothing_against)
 
 
 @_dispatch.constant

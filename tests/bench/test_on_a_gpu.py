@@ -66,6 +66,7 @@ def test_the_devices_limits_are_measured():
         ("geglu", "64x10240"),
         ("attention", "8x64x77x160"),
         ("weighted_squared_error", "8x4x64x64"),
+        ("dmd_gradient", "1x4x64x64"),
     ],
 )
 def test_every_op_is_recorded_cold_and_hot_and_called_eagerly(tmp_path, op, shape, mode):

@@ -18,6 +18,7 @@ from .conftest import TEXT_WIDTH, build_unet, build_vae
 
 EXACT = 1e-10  # relative, in float64
 NETWORK_PASSES = ("fused_group_norm_silu", "fold_timestep", "direct_attention", "channels_last")
+EVERY_PASS = (*NETWORK_PASSES, "cross_attention_cache")
 UNETS = {
     "like SD 1.5": {},
     "like SD 2.1": {"use_linear_projection": True, "upcast_attention": True, "attention_head_dim": (4, 8)},
@@ -40,6 +41,8 @@ def predict(parts, x, timestep, context):
         time = fold(parts.unet, parts.folded_blocks, timestep)
     else:
         time = time_embedding(parts.unet, timestep, len(x), x.dtype)
+    if parts.context is not None:
+        context = parts.context(context.split(1))
     return unet_forward(parts.unet, x, time, context)
 
 
@@ -52,7 +55,10 @@ def unet_inputs(batch=2, height=8, width=8):
     return x, torch.randn(batch, 7, TEXT_WIDTH, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("passes", [(), *((name,) for name in NETWORK_PASSES), NETWORK_PASSES], ids="+".join)
+CACHED = ("direct_attention", "cross_attention_cache")
+
+
+@pytest.mark.parametrize("passes", [(), *((name,) for name in NETWORK_PASSES), CACHED, EVERY_PASS], ids="+".join)
 @pytest.mark.parametrize("architecture", UNETS)
 @torch.no_grad()
 def test_the_unet_computes_the_same_with_each_pass_and_with_all(make_pipeline, architecture, passes):
@@ -64,7 +70,7 @@ def test_the_unet_computes_the_same_with_each_pass_and_with_all(make_pipeline, a
         assert relative_error(predict(parts, x, timestep, context), exact) < EXACT
 
 
-@pytest.mark.parametrize("passes", [(), NETWORK_PASSES], ids="+".join)
+@pytest.mark.parametrize("passes", [(), EVERY_PASS], ids="+".join)
 @pytest.mark.parametrize(("height", "width"), [(7, 9), (6, 4), (5, 8)])
 @torch.no_grad()
 def test_latents_that_do_not_halve_evenly_are_upsampled_to_the_size_of_their_skip(make_pipeline, height, width, passes):
@@ -86,12 +92,21 @@ def test_the_vae_decodes_the_same_with_each_pass_and_with_all(make_pipeline, pas
     assert (decode(parts, latents) - exact).abs().max() < EXACT
 
 
-@pytest.mark.parametrize("parameter", ["conv1.bias", "time_emb_proj.weight", "norm2.weight", "norm1.bias"])
+@pytest.mark.parametrize(
+    "parameter",
+    [
+        "resnets.0.conv1.bias",
+        "resnets.0.time_emb_proj.weight",
+        "resnets.0.norm2.weight",
+        "resnets.0.norm1.bias",
+        "attentions.0.transformer_blocks.0.attn2.to_v.weight",
+    ],
+)
 @torch.no_grad()
 def test_the_comparison_sees_one_wrong_number(make_pipeline, parameter):
     unet = build_unet().double()
-    parts, _ = parts_of(make_pipeline, NETWORK_PASSES, unet=copy.deepcopy(unet))
-    unet.mid_block.resnets[0].get_parameter(parameter).view(-1)[0] += 0.1
+    parts, _ = parts_of(make_pipeline, EVERY_PASS, unet=copy.deepcopy(unet))
+    unet.mid_block.get_parameter(parameter).view(-1)[0] += 0.1
     x, context = unet_inputs()
     exact = unet(x, torch.tensor(999), context).sample
     assert relative_error(predict(parts, x, torch.tensor(999), context), exact) > 1e3 * EXACT
@@ -187,6 +202,8 @@ def test_reports_count_what_was_changed(make_pipeline):
         == blocks
     )
     assert by_name["direct_attention"].changed["cross-attention with one product for k, v in the UNet"] == transformers
+    cached = by_name["cross_attention_cache"].changed
+    assert cached["cross-attention with keys and values from one product for all"] == transformers
     assert by_name["fused_group_norm_silu"].changed["GroupNorm before attention in the VAE decoder"] == 1
 
 
@@ -202,6 +219,7 @@ def test_a_pass_that_is_switched_off_says_so_and_changes_nothing(make_pipeline):
     assert parts.folded_blocks is None
     assert not parts.fold_scales
     assert parts.prompt_cache == 0
+    assert parts.context is None
 
 
 @pytest.mark.parametrize("passes", [["fold_everything"], {"fold_everything": False}])

@@ -200,6 +200,54 @@ def test_explain_tells_what_every_pass_did_and_who_serves_the_norms(pipe, folder
     assert "CUDA graphs: not used, they need a CUDA device" in text
 
 
+def test_explain_tells_who_serves_the_attentions_that_calls_asked_for(folder):
+    pipe = OneStepPipeline.from_pretrained(folder, device="cpu")
+    assert "attention: its backend depends on sizes, and is chosen by the first call of each" in str(pipe.explain())
+    pipe.warmup([(2, 16, 16)])
+    found = pipe.explain().attention
+    # 8 heads of 5 in the first level, 4 of 20 in the middle (both of 8 x 8 or 4 x 4 tokens, and 24 of text), the VAE's.
+    assert set(found) == {
+        "8x64x64x5, batch 2",
+        "8x64x24x5, batch 2",
+        "4x16x16x20, batch 2",
+        "4x16x24x20, batch 2",
+        "1x64x64x24, batch 2",
+    }
+    assert all(explanation.backend == "sdpa" for explanation in found.values())
+    assert "attention 8x64x24x5, batch 2: served by sdpa (torch's flash kernel for CPUs" in str(pipe.explain())
+    off = OneStepPipeline.from_pretrained(folder, device="cpu", passes={"direct_attention": False})
+    assert off.explain().attention is None
+    assert "attention: not used (scaled_dot_product_attention of torch)" in str(off.explain())
+
+
+def test_attention_can_be_forced_to_a_backend_for_the_process(folder, monkeypatch, pipe):
+    chosen = pipe(PROMPTS, output="np")
+    monkeypatch.setenv("FASTDISTILL_BACKEND", "attention=reference")
+    forced = OneStepPipeline.from_pretrained(folder, device="cpu")
+    assert np.abs(forced(PROMPTS, output="np") - chosen).max() < 2e-5
+    assert {explanation.backend for explanation in forced.explain().attention.values()} == {"reference"}
+
+
+def test_a_prompt_is_projected_for_cross_attention_once_until_it_is_forgotten(folder):
+    pipe = OneStepPipeline.from_pretrained(folder, device="cpu")
+    cache = pipe._parts.context
+    first = pipe(["three", "seven", "three"], steps=2, guidance_scale=3, output="np")
+    assert len(cache) == 3  # with the empty prompt
+    kept = [entry[-1].get() for entry in cache._entries.values()]
+    np.testing.assert_array_equal(pipe(["three", "seven", "three"], steps=2, guidance_scale=3, output="np"), first)
+    assert all(any(entry[-1].get() is one for one in kept) for entry in cache._entries.values())
+    pipe.forget_prompts()
+    assert len(cache) == 0
+    np.testing.assert_array_equal(pipe(["three", "seven", "three"], steps=2, guidance_scale=3, output="np"), first)
+
+
+def test_without_the_prompt_cache_cross_attentions_keep_nothing(folder, pipe):
+    off = OneStepPipeline.from_pretrained(folder, device="cpu", passes={"prompt_cache": False})
+    np.testing.assert_array_equal(off(PROMPTS, output="np"), pipe(PROMPTS, output="np"))
+    assert len(off._parts.context) == 0
+    assert "not: kept from call to call: prompt_cache is off" in str(off.explain())
+
+
 def test_explain_tells_what_is_switched_off(folder):
     text = str(OneStepPipeline.from_pretrained(folder, device="cpu", passes={"fused_group_norm_silu": False}).explain())
     assert "fused_group_norm_silu: not applied\n  not: switched off" in text

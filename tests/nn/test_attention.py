@@ -1,13 +1,15 @@
 """FusedAttnProcessor on diffusers' Attention."""
 
+import copy
 import warnings
 
 import pytest
 import torch
-from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0, IPAdapterAttnProcessor2_0
+from peft import LoraConfig
 
-from fastdistill.nn import FusedAttnProcessor, patch, unpatch
-from tests.nn.test_patch import sd_unet
+from fastdistill.nn import FusedAttnProcessor, joint, patch, unpatch
+from tests.nn.test_patch import sd_unet, unet_call
 
 KINDS = {
     "self": lambda: Attention(query_dim=16, heads=2, dim_head=8),
@@ -117,3 +119,163 @@ def test_other_processors_are_left_with_the_reason():
     report = patch(unet, ["attention"])
     assert report.changed == {}
     assert report.left == {"attention: its processor is Own": 8}
+
+
+# ---- beside what others put into a model -----------------------------------------------------------------------------
+
+
+def ip_adapter_call(unet, mask=None):
+    torch.manual_seed(1)
+    x, text, image = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 12), [torch.randn(2, 1, 3, 12)]
+    given = {} if mask is None else {"cross_attention_kwargs": {"ip_adapter_masks": mask}}
+    # As the UNet's own projection of image embeddings would give it to every block.
+    unet.encoder_hid_proj = None
+    unet.process_encoder_hidden_states = lambda *_, **__: (text, image)
+    return unet(x, 3, text, **given).sample
+
+
+def with_ip_adapter(unet):
+    """As `load_ip_adapter` does: a processor of its own for every cross-attention, each with weights."""
+    processors = dict(unet.attn_processors)
+    for name in processors:
+        if name.endswith("attn2.processor"):
+            width = unet.get_submodule(name.removesuffix(".processor")).to_q.out_features
+            processors[name] = IPAdapterAttnProcessor2_0(width, 12, num_tokens=(3,), scale=0.5)
+    unet.set_attn_processor(processors)
+    return unet
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_an_ip_adapter_stays_and_works_in_a_patched_model(masked, recompute):
+    unet = with_ip_adapter(sd_unet())
+    mask = [torch.ones(1, 1, 8, 8).tril()] if masked else None
+    plain = ip_adapter_call(unet, mask)
+    report = patch(unet, recompute=recompute)
+    assert report.left["attention: its processor is IPAdapterAttnProcessor2_0"] == 4
+    torch.testing.assert_close(ip_adapter_call(unet, mask), plain, rtol=1e-4, atol=1e-5)
+    for processor in unet.attn_processors.values():
+        if isinstance(processor, IPAdapterAttnProcessor2_0):
+            processor.scale = [2.0]
+    assert not torch.allclose(ip_adapter_call(unet, mask), plain, atol=1e-3)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_an_ip_adapter_put_into_a_patched_model_works(recompute):
+    unet = sd_unet()
+    plain = with_ip_adapter(copy.deepcopy(unet))
+    patch(unet, recompute=recompute)
+    with_ip_adapter(unet)
+    state = {name: value for name, value in plain.state_dict().items() if "processor" in name}
+    unet.load_state_dict(state, strict=False)
+    torch.testing.assert_close(ip_adapter_call(unet), ip_adapter_call(plain), rtol=1e-4, atol=1e-5)
+    unpatch(unet)
+    assert sum(isinstance(p, IPAdapterAttnProcessor2_0) for p in unet.attn_processors.values()) == 4
+
+
+class OnlyText(AttnProcessor2_0):
+    """A fallback that knows pairs of text and image states, and masks."""
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None, **given):
+        if isinstance(encoder_hidden_states, tuple):
+            encoder_hidden_states = encoder_hidden_states[0]
+        self.given = given
+        return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+
+
+def test_pairs_and_masks_of_an_ip_adapter_reach_the_fallback():
+    attn, (x, context) = KINDS["cross"](), inputs("cross")
+    plain = attn(x, context)
+    fallback = OnlyText()
+    attn.set_processor(FusedAttnProcessor(fallback))
+    with pytest.warns(UserWarning, match="OnlyText serves, because encoder_hidden_states is a tuple"):
+        assert torch.equal(attn(x, (context, [context])), plain)
+    with pytest.warns(UserWarning, match="because IP-Adapter masks are given"):
+        assert torch.equal(attn(x, context, ip_adapter_masks=[context]), plain)
+    assert fallback.given["ip_adapter_masks"][0] is context
+
+
+def test_a_fallback_with_parameters_is_refused():
+    with pytest.raises(TypeError, match="fallback: IPAdapterAttnProcessor2_0 is a module, whose parameters"):
+        FusedAttnProcessor(IPAdapterAttnProcessor2_0(16, 12))
+
+
+def test_processors_can_be_set_one_by_one():
+    unet = sd_unet()
+    plain = unet_call(unet)
+    ours = FusedAttnProcessor()
+    processors = {name: ours if "attn1" in name else p for name, p in unet.attn_processors.items()}
+    unet.set_attn_processor(processors)
+    torch.testing.assert_close(unet_call(unet), plain, rtol=1e-4, atol=1e-5)
+    assert {name: p is ours for name, p in unet.attn_processors.items()} == {
+        name: "attn1" in name for name in unet.attn_processors
+    }
+
+
+# ---- LoRA ------------------------------------------------------------------------------------------------------------
+
+
+def add_lora(unet, name, seed, targets=("to_q", "to_v", "to_out.0")):
+    unet.add_adapter(LoraConfig(r=2, lora_alpha=8, target_modules=list(targets)), adapter_name=name)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for key, parameter in unet.named_parameters():
+            if f"lora_B.{name}" in key:  # zeros at first
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+            elif f"lora_A.{name}" in key:
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+
+
+LORA_STEPS = {
+    "add": lambda unet: add_lora(unet, "one", 1),
+    "add a second": lambda unet: add_lora(unet, "two", 2, ("to_k", "to_v")),
+    "both, scaled": lambda unet: unet.set_adapters(["one", "two"], [0.3, 2.0]),
+    "the second alone": lambda unet: unet.set_adapters(["two"], [1.0]),
+    "disable": lambda unet: unet.disable_adapters(),
+    "enable": lambda unet: unet.enable_adapters(),
+    "fuse": lambda unet: unet.fuse_lora(lora_scale=0.5),
+    "unfuse": lambda unet: unet.unfuse_lora(),
+    "fuse safely": lambda unet: unet.fuse_lora(safe_fusing=True),
+    "unfuse again": lambda unet: unet.unfuse_lora(),
+    "delete one": lambda unet: unet.delete_adapters("two"),
+    "unload": lambda unet: unet.unload_lora(),
+}
+
+
+SAME_SCALE = ("fuse", "fuse safely")  # unfuse_lora leaves the scale that fuse_lora set
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["patched", "recomputed"])
+def test_every_state_of_lora_adapters_is_that_of_the_plain_model(recompute, monkeypatch):
+    monkeypatch.setattr(joint, "_pays", lambda device: True)  # as on a GPU
+    torch.manual_seed(0)
+    plain = sd_unet().double()
+    unet = copy.deepcopy(plain)
+    patch(unet, recompute=recompute)
+    outputs = {"nothing": unet_call(plain, torch.float64)}
+    for step, act in LORA_STEPS.items():
+        act(plain)
+        act(unet)
+        outputs[step] = unet_call(plain, torch.float64)
+        torch.testing.assert_close(unet_call(unet, torch.float64), outputs[step], rtol=1e-9, atol=1e-9, msg=step)
+
+    def same(one, other):
+        return torch.allclose(outputs[one], outputs[other], rtol=1e-6, atol=1e-6)
+
+    for one, other in (("nothing", "disable"), ("nothing", "unload"), ("the second alone", "enable"), SAME_SCALE):
+        assert same(one, other)
+    distinct = ("nothing", "add", "both, scaled", "the second alone", "fuse")
+    assert not any(same(a, b) for i, a in enumerate(distinct) for b in distinct[i + 1 :])
+
+
+def test_a_lora_trains_in_a_patched_model_as_in_a_plain_one():
+    plain = sd_unet().double()
+    unet = copy.deepcopy(plain)
+    patch(unet)
+    gradients = []
+    for model in (plain, unet):
+        add_lora(model, "one", 1)
+        unet_call(model, torch.float64).square().sum().backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if "lora" in name})
+    assert gradients[0]
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-8, atol=1e-8)

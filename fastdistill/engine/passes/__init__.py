@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from fastdistill.engine.components import Components
 from fastdistill.engine.passes import (
     channels_last,
+    cross_attention_cache,
     direct_attention,
     fold_scales,
     fold_timestep,
@@ -19,7 +20,8 @@ from fastdistill.engine.passes import (
 )
 from fastdistill.engine.report import PassReport
 
-# In the order of application: attention takes over the norms it finds, channels_last the convolutions that are left.
+# In the order of application: attention takes over the norms it finds, channels_last the convolutions that are left,
+# and cross_attention_cache the cross-attentions that direct_attention has written, for as long as prompts are kept.
 PASSES: dict[str, Callable[[Components], PassReport]] = {
     "fused_group_norm_silu": fused_group_norm_silu.apply,
     "fold_timestep": fold_timestep.apply,
@@ -27,6 +29,7 @@ PASSES: dict[str, Callable[[Components], PassReport]] = {
     "channels_last": channels_last.apply,
     "fold_scales": fold_scales.apply,
     "prompt_cache": prompt_cache.apply,
+    "cross_attention_cache": cross_attention_cache.apply,
 }
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 
+from fastdistill.nn.joint import products
 from fastdistill.ops import _dispatch, layer_norm
 from fastdistill.ops._autograd import needed
 from fastdistill.ops.layer_norm import OP, forward, gradients
@@ -27,7 +27,8 @@ def layer_norm_linears(
 
     Args:
         x, norm_weight, norm_bias, eps, residual: as in `fastdistill.ops.layer_norm`.
-        weights, biases: (out, D) and (out,) each, as in `F.linear`; under autocast they are cast as there.
+        weights, biases: (out, D) and (out,) each, as in `F.linear`; under autocast they are cast as there. One product
+            serves parameters that lie side by side in memory.
         backend: of `fastdistill.ops.layer_norm`.
 
     Returns:
@@ -48,7 +49,7 @@ def layer_norm_linears(
     # For the gradient of y alone linear layers do not keep their input.
     y = layer_norm(x, norm_weight, norm_bias, eps, residual=residual, backend=chosen)
     y, *s = (y,) if residual is None else y
-    return *(F.linear(y, weight, bias) for weight, bias in zip(weights, biases)), *s
+    return *products(y, weights, biases), *s
 
 
 class _LayerNormLinears(torch.autograd.Function):
@@ -56,7 +57,7 @@ class _LayerNormLinears(torch.autograd.Function):
     def forward(ctx, x, residual, norm_weight, norm_bias, norm, count, *weights_and_biases):
         weights, biases = weights_and_biases[:count], weights_and_biases[count:]
         y, s, mean, rstd = forward(x, residual, norm_weight, norm_bias, *norm)
-        outputs = tuple(F.linear(y, weight, bias) for weight, bias in zip(weights, biases))
+        outputs = products(y, weights, biases)
         ctx.save_for_backward(s, norm_weight, norm_bias, mean, rstd, *weights)
         ctx.norm, ctx.count = norm, count
         ctx.dtype = outputs[0].dtype  # autocast's where it was on

@@ -18,7 +18,18 @@ from pathlib import Path
 
 import torch
 
-OPS = ("geglu", "group_norm_silu", "layer_norm", "weighted_squared_error")
+OPS = (
+    "adamw",
+    "adversarial_loss",
+    "dmd_gradient",
+    "geglu",
+    "gradient_norm",
+    "group_norm_silu",
+    "layer_norm",
+    "lpips_distance",
+    "squared_norm",
+    "weighted_squared_error",
+)
 
 HERE = Path(__file__).resolve().parent
 CUDA = HERE.parent.parent.parent / "csrc" / "cuda"

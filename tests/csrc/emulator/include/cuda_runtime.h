@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <functional>
 
 #define __global__
@@ -94,9 +95,20 @@ template <typename T>
 void __stcs(T* to, T value) {
   *to = value;
 }
+inline unsigned __float_as_uint(float value) {
+  unsigned bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return bits;
+}
+inline float __uint_as_float(unsigned bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
 #undef __expf  // glibc declares one of its own
 #define __expf(a) expf(a)
 #define __fdividef(a, b) ((a) / (b))
+inline float __fmul_rn(float a, float b) { return a * b; }
 inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 
