@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fastdistill import diffusion
 from fastdistill.diffusion import Schedule
-from fastdistill.losses import DMDStats, dmd_loss
+from fastdistill.losses import DMDStats, denoising_loss, dmd_loss
 
 from .config import RoleConfig, TrainerConfig, require
 from .contract import nudged
@@ -204,8 +204,9 @@ class DMD(Method):
                 step.memo["x"] = self.generate(step.batch["noise"], condition)
         x = step.memo["x"]
         x_t, t, alpha, sigma, noise = self._diffuse(x, 0, len(self.schedule), step.draws)
-        target = diffusion.training_target(x, noise, alpha, sigma, self.prediction_type)
-        return Losses({"fake_score": F.mse_loss(predict(self.fake_score, x_t, t, condition), target)})
+        pred = predict(self.fake_score, x_t, t, condition)
+        loss = denoising_loss(pred, x, noise, alpha, sigma, prediction_type=self.prediction_type)
+        return Losses({"fake_score": loss})
 
     def _diffuse(self, x: Tensor, low: int, high: int, draws: Draws) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         t = draws.randint(low, high)

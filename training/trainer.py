@@ -107,8 +107,8 @@ class Trainer:
         for role, network in method.roles.items():
             network.requires_grad_(role in trained)
         self.student = trained[0]
-        self.updaters = {turn.role: self._updater(turn, roles[turn.role]) for turn in method.turns}
         self.average = EMA(method.roles[self.student], config.ema_decay)
+        self.updaters = {turn.role: self._updater(turn, roles[turn.role]) for turn in method.turns}
         self.iteration = 0
         self.samples = 0
         self.seconds = 0.0
@@ -135,7 +135,7 @@ class Trainer:
                 if interruption.requested:
                     ended = interruption.requested
                     break
-                if self._is_due(self.config.checkpoint_every):
+                if self.folder is not None and self._is_due(self.config.checkpoint_every):
                     self.save()
         if self.folder is not None:
             self.save()
@@ -153,15 +153,12 @@ class Trainer:
         self.seconds += time.perf_counter() - start
 
     def _take(self, turn: Turn, steps: list[Step]) -> None:
-        updater = self.updaters[turn.role]
         with only(turn.role, self.method):
             for step in steps:
                 losses = self.method.losses(turn.role, _at(step, turn.role))
-                updater.backward(sum(losses.terms.values()) / len(steps))
+                (sum(losses.terms.values()) / len(steps)).backward()
                 self.losses |= {name: value.detach() for name, value in (losses.terms | losses.logs).items()}
-        taken = updater.step()
-        if taken and turn.role == self.student:
-            self.average.update(self.method.roles[self.student])
+        self.updaters[turn.role].step()
 
     def save(self) -> Path:
         """Write a checkpoint of the run as it stands. Resuming it continues as if nothing had happened."""
@@ -186,7 +183,7 @@ class Trainer:
             "identity": self._identity(),
             "counters": {"iteration": self.iteration, "samples": self.samples, "seconds": self.seconds},
             "random": checkpoint.random_state(),
-            "average": self.average.state_dict(),
+            "average": self.average.network.state_dict(),
         }
         for role, updater in self.updaters.items():
             state[role] = self.method.roles[role].state_dict()
@@ -201,7 +198,7 @@ class Trainer:
         for role, updater in self.updaters.items():
             self.method.roles[role].load_state_dict(state[role])
             updater.load_state_dict(state[f"{role}.optimizer"])
-        self.average.load_state_dict(state["average"])
+        self.average.network.load_state_dict(state["average"])
         counters = state["counters"]
         self.iteration, self.samples, self.seconds = (counters[name] for name in ("iteration", "samples", "seconds"))
         checkpoint.restore_random_state(state["random"])
@@ -236,6 +233,7 @@ class Trainer:
             weight_decay=config.weight_decay,
             max_grad_norm=config.max_grad_norm,
             schedule=warm_up_then_decay(planned, config.warm_up, config.decay),
+            average=self.average if turn.role == self.student else None,
         )
 
     def _check_contract(self) -> None:
