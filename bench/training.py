@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import time
 from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
+from fastdistill.training import DMD, DMDConfig, Draws, PromptData, Trainer
 from fastdistill.training.contract import nudged
-from fastdistill.training.dmd import DMD, DMDConfig
 from fastdistill.training.pipelines import encode_prompts
-from fastdistill.training.updates import RoleUpdater
 from torch import Tensor, nn
 
 from fastdistill import diffusion
@@ -30,7 +30,16 @@ MODEL = "digits-teacher"
 BASELINE = "torch"
 _BATCH = 16
 _LEARNING_RATE = 1e-6  # the networks stay where they are while they are timed
-_CONFIG = DMDConfig(regression_weight=0.0, pairs=0)
+_CONFIG = DMDConfig(
+    batch_size=_BATCH,
+    critic_ratio=1,
+    learning_rate=_LEARNING_RATE,
+    critic_learning_rate=_LEARNING_RATE,
+    warm_up=0,
+    decay=0.0,
+    regression_weight=0.0,
+    pairs=0,
+)
 
 Losses = dict[str, Tensor]
 
@@ -65,26 +74,11 @@ def _ours(device: str) -> Callable[[], Losses]:
     teacher.to(memory_format=torch.channels_last)  # as `fastdistill.training.distill` does
     dmd = DMD(teacher, schedule, "v_prediction", _CONFIG)
     _nudge(dmd.fake_score)
-    student, fake_score = (
-        RoleUpdater(
-            network,
-            learning_rate=_LEARNING_RATE,
-            betas=(_CONFIG.beta1, _CONFIG.beta2),
-            weight_decay=_CONFIG.weight_decay,
-            max_grad_norm=_CONFIG.max_grad_norm,
-            schedule=lambda _: 1.0,
-        )
-        for network in (dmd.student, dmd.fake_score)
-    )
+    trainer = Trainer(dmd, PromptData(condition, _sample_shape(teacher)), _CONFIG.trainer, _CONFIG.roles)
 
     def update() -> Losses:
-        generator, noise = _noise(teacher)
-        x = dmd.generate(noise, condition)
-        loss, _ = dmd.distribution_loss(x, condition, generator)
-        student.step(loss)
-        fake_loss = dmd.fake_score_loss(x, condition, generator)
-        fake_score.step(fake_loss)
-        return {"dmd": loss.detach(), "fake_score": fake_loss.detach()}
+        trainer.iterate()
+        return {name: trainer.losses[name] for name in ("dmd", "fake_score")}
 
     return update
 
@@ -97,12 +91,16 @@ def _plain(device: str, dtype: torch.dtype) -> Callable[[], Losses]:
     teacher.requires_grad_(False)
     settings = {"lr": _LEARNING_RATE, "betas": (_CONFIG.beta1, _CONFIG.beta2), "weight_decay": _CONFIG.weight_decay}
     optimizers = [torch.optim.AdamW(network.parameters(), **settings) for network in (student, fake_score)]
+    average = [p.detach().clone() for p in student.parameters()]
     steps = len(schedule)
     low, high = int(_CONFIG.min_timestep * steps), int(_CONFIG.max_timestep * steps) + 1
 
-    def diffuse(x: Tensor, low: int, high: int, generator: torch.Generator) -> tuple[Tensor, ...]:
-        t = torch.randint(low, high, (len(x),), generator=generator).to(x.device)
-        noise = torch.randn(x.shape, generator=generator).to(x)
+    data = PromptData(condition, _sample_shape(teacher))
+    iterations = itertools.count()
+
+    def diffuse(x: Tensor, low: int, high: int, draws: Draws) -> tuple[Tensor, ...]:
+        t = draws.randint(low, high)
+        noise = draws.randn(*x.shape[1:]).to(x)
         alpha, sigma = (value.to(x).reshape(-1, 1, 1, 1) for value in schedule.at(t))
         return alpha * x + sigma * noise, t, alpha, sigma, noise
 
@@ -113,19 +111,23 @@ def _plain(device: str, dtype: torch.dtype) -> Callable[[], Losses]:
         optimizer.step()
 
     def update() -> Losses:
-        generator, noise = _noise(teacher)
+        # The numbers that the trainer draws in this iteration.
+        draws = Draws(_CONFIG.seed, next(iterations), 0, batch_size=_BATCH, device=device)
+        noise, condition = data.batch(0, draws.fork("data")).values()
         last = torch.full((len(noise),), steps - 1, device=noise.device)
         alpha, sigma = (value.to(noise) for value in schedule.at(steps - 1))
         x = alpha * noise - sigma * student(noise, last, condition).sample
         with torch.no_grad():
-            x_t, t, alpha, sigma, _ = diffuse(x, low, high, generator)
+            x_t, t, alpha, sigma, _ = diffuse(x, low, high, draws.fork("student"))
             real = alpha * x_t - sigma * teacher(x_t, t, condition).sample
             fake = alpha * x_t - sigma * fake_score(x_t, t, condition).sample
             gradient = (fake - real) / (x - real).abs().mean(dim=(1, 2, 3), keepdim=True)
         loss = 0.5 * F.mse_loss(x, (x - gradient).detach())
         apply(student, optimizers[0], loss)
+        with torch.no_grad():
+            torch._foreach_lerp_(average, list(student.parameters()), 1 - _CONFIG.ema_decay)
 
-        x_t, t, alpha, sigma, noise = diffuse(x.detach(), 0, steps, generator)
+        x_t, t, alpha, sigma, noise = diffuse(x.detach(), 0, steps, draws.fork("fake_score"))
         fake_loss = F.mse_loss(fake_score(x_t, t, condition).sample, alpha * noise - sigma * x.detach())
         apply(fake_score, optimizers[1], fake_loss)
         return {"dmd": loss.detach(), "fake_score": fake_loss.detach()}
@@ -141,12 +143,8 @@ def _teacher(device: str, dtype: torch.dtype) -> tuple[nn.Module, Schedule, Tens
     return nn.Module.to(pipeline.unet, dtype), schedule, condition  # diffusers' own `to` warns, here for nothing
 
 
-def _noise(network: nn.Module) -> tuple[torch.Generator, Tensor]:
-    """The same at every update, from the CPU: every side sees the same numbers, in its own dtype."""
-    generator = torch.Generator().manual_seed(0)
-    size = network.config.sample_size
-    noise = torch.randn(_BATCH, network.config.in_channels, size, size, generator=generator)
-    return generator, noise.to(network.device, network.dtype)
+def _sample_shape(network: nn.Module) -> tuple[int, int, int]:
+    return network.config.in_channels, network.config.sample_size, network.config.sample_size
 
 
 def _nudge(network: nn.Module) -> None:

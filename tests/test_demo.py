@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import torch
-from fastdistill.training import DMDProgress
+from fastdistill.training import TrainingProgress
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -172,7 +172,7 @@ def test_only_the_time_after_the_first_update_counts(monkeypatch):
 
     def fake(teacher, prompts, config, *, callback, device):
         for update, seconds in enumerate((1.0, 2.0, 3.5), start=1):
-            ended.append(callback(DMDProgress(update, config.iterations, seconds, {}, None)))
+            ended.append(callback(TrainingProgress(update, config.iterations, seconds, {}, {}, {}, None)))
         raise StopIteration
 
     monkeypatch.setattr(live, "distill", fake)

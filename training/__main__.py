@@ -14,11 +14,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fastdistill.models import ModelError, resolve_model
 
+from .checkpoint import CheckpointError
 from .digits import digits_card, digits_prompts, digits_scores
 from .distill import distill
 from .dmd import DMDConfig
-from .loop import DMDProgress
 from .pipelines import TeacherError, check_output_folder
+from .trainer import TrainingProgress
 
 app = typer.Typer(add_completion=False, help="Distil diffusion teachers into one-step students.", no_args_is_help=True)
 console = Console()
@@ -40,6 +41,10 @@ def dmd(
     iterations: Annotated[int, typer.Option(help="Updates of the student.")] = DMDConfig.iterations,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 …")] = "cpu",
+    checkpoints: Annotated[
+        Path | None, typer.Option(help="Folder for checkpoints. With it, SIGTERM and SIGINT save one and exit with 0.")
+    ] = None,
+    resume: Annotated[bool, typer.Option(help="Continue from the newest checkpoint in --checkpoints.")] = False,
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="NAME=VALUE", help="Any other field of DMDConfig, for example critic_ratio=10."),
@@ -54,9 +59,26 @@ def dmd(
         _check_device(device)
         with _progress_bar() as bar:
             task = bar.add_task("preparing pairs", total=config.iterations)
-            result = distill(teacher, lines, config, device=device, callback=lambda p: _show(bar, task, p))
+            result = distill(
+                teacher,
+                lines,
+                config,
+                device=device,
+                callback=lambda p: _show(bar, task, p),
+                checkpoints=checkpoints,
+                resume=resume,
+            )
+        if result.run.ended.startswith("SIG"):
+            console.print(
+                f"{result.run.ended} after update {result.run.updates['student']} of {config.iterations}; "
+                f"continue with --checkpoints {checkpoints} --resume",
+                highlight=False,
+                markup=False,
+                soft_wrap=True,
+            )
+            return
         result.save(out, card=digits_card(out.name, config) if prompts == "digits" else None)
-    except (ModelError, TeacherError, ValueError, OSError, FloatingPointError) as error:
+    except (CheckpointError, ModelError, TeacherError, ValueError, OSError, FloatingPointError) as error:
         errors.print(
             f"error: {' '.join(str(error).split())}", style="red", markup=False, highlight=False, soft_wrap=True
         )
@@ -122,7 +144,7 @@ def _progress_bar() -> Progress:
     )
 
 
-def _show(bar: Progress, task, progress: DMDProgress) -> None:
+def _show(bar: Progress, task, progress: TrainingProgress) -> None:
     shown = " ".join(f"{name} {value:.3f}" for name, value in progress.losses.items() if name != "guarded")
     bar.update(task, completed=progress.update, description=shown)
 

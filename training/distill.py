@@ -11,10 +11,11 @@ import torch
 
 from fastdistill import __version__, diffusion
 
+from .data import PromptData
 from .dmd import DMD, DMDConfig
-from .loop import DMDProgress, DMDRun, train
 from .pairs import make_pairs
 from .pipelines import check_teacher, encode_prompts, one_step_pipeline, save_pipeline, weights_digest
+from .trainer import Run, Trainer, TrainingProgress
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -32,7 +33,7 @@ class Distilled:
     """
 
     pipeline: DiffusionPipeline
-    run: DMDRun
+    run: Run
     facts: dict
     teacher_folder: Path | None
 
@@ -51,8 +52,10 @@ def distill(
     prompts: Sequence[str],
     config: DMDConfig | None = None,
     *,
-    callback: Callable[[DMDProgress], bool | None] | None = None,
+    callback: Callable[[TrainingProgress], bool | None] | None = None,
     device: str | torch.device | None = None,
+    checkpoints: str | Path | None = None,
+    resume: bool = False,
 ) -> Distilled:
     """Distil a text-to-image teacher into one step by distribution matching (DMD). No images are needed.
 
@@ -61,9 +64,12 @@ def distill(
             frozen and cast to float32 (its UNet in channels_last memory) and otherwise left as it is.
         prompts: what the student shall be able to draw; one is drawn uniformly per sample.
         config: see `DMDConfig`.
-        callback: called with a `DMDProgress` every `config.report_every` student updates; returning True ends the
+        callback: called with a `TrainingProgress` every `config.report_every` student updates; returning True ends the
             run early with what is there.
         device: to train on; None leaves the pipeline where it is (the CPU for a name or a folder).
+        checkpoints: folder for a checkpoint every `config.checkpoint_every` updates and at the end, which SIGTERM and
+            SIGINT bring about early; None for none.
+        resume: continue from the newest checkpoint there; a resumed run equals an uninterrupted one bit for bit.
 
     Example:
         >>> result = distill("digits-teacher", ["a handwritten seven"], DMDConfig(iterations=100))
@@ -72,13 +78,16 @@ def distill(
     Raises:
         TeacherError: the pipeline is of a kind that this loop cannot distil.
         fastdistill.models.ModelError: an unknown name or an unreadable folder.
-        ValueError: no prompts, or a bad configuration.
-        GradientContractError, FloatingPointError: see `fastdistill.training.train`.
+        ValueError: no prompts, or a bad configuration; `resume` without `checkpoints`, or without one in it.
+        CheckpointError: a checkpoint cannot be written, or is of another run.
+        GradientContractError, FloatingPointError: see `fastdistill.training.Trainer.run`.
     """
     config = config or DMDConfig()
     prompts = list(prompts)
     if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
         raise ValueError(f"prompts must be a non-empty list of strings; got {prompts[:3]!r}")
+    if resume and checkpoints is None:
+        raise ValueError("resume needs checkpoints, the folder of the run to continue; got None")
     folder = None
     if isinstance(teacher, (str, Path)):
         from fastdistill.models import load_pipeline, resolve_model
@@ -109,7 +118,11 @@ def distill(
             unconditional=unconditional,
             seed=config.seed + 1,  # the loop's own noises are drawn from config.seed
         )
-    run = train(dmd, conditions, sample_shape, pairs=pairs, callback=callback)
+    data = PromptData(conditions, sample_shape, pairs)
+    trainer = Trainer(dmd, data, config.trainer, config.roles, folder=checkpoints)
+    if resume and trainer.resume() is None:
+        raise ValueError(f"resume: there is no checkpoint in {checkpoints}")
+    run = trainer.run(callback)
     facts = {
         "method": "dmd",
         "fastdistill": __version__,

@@ -8,16 +8,22 @@ moves along the difference of the two.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdistill import diffusion
 from fastdistill.diffusion import Schedule
-from fastdistill.losses import DMDStats, dmd_loss
+from fastdistill.losses import DMDStats, denoising_loss, dmd_loss
 
+from .config import RoleConfig, TrainerConfig, require
+from .contract import nudged
+from .draws import Draws
+from .method import Losses, Method, Step, Turn
 from .networks import conversion_point, predict, predict_guided
 
 
@@ -43,6 +49,7 @@ class DMDConfig:
         ema_decay: of the average of the student's weights that is delivered, 0 to deliver the weights themselves.
         seed: of everything random. The same seed gives the same bytes on the same machine and number of threads.
         report_every: student updates between two calls of the callback.
+        checkpoint_every: student updates between two checkpoints, where a folder for them is given.
     """
 
     iterations: int = 300
@@ -66,29 +73,52 @@ class DMDConfig:
     ema_decay: float = 0.98
     seed: int = 0
     report_every: int = 10
+    checkpoint_every: int = 50
 
     def __post_init__(self):
-        at_least_one = ("iterations", "batch_size", "critic_ratio", "pair_steps", "report_every")
-        not_negative = ("warm_up", "weight_decay", "guidance_scale", "regression_weight", "pairs")
-        for name in at_least_one:
-            _require(name, getattr(self, name), getattr(self, name) >= 1, "1 or more")
-        for name in not_negative:
-            _require(name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
-        for name in ("learning_rate", "critic_learning_rate", "max_grad_norm"):
-            _require(name, getattr(self, name), getattr(self, name) > 0, "more than 0")
-        for name in ("beta1", "beta2", "ema_decay"):
-            _require(name, getattr(self, name), 0 <= getattr(self, name) < 1, "in [0, 1)")
-        _require("decay", self.decay, 0 <= self.decay <= 1, "in [0, 1]")
-        _require("min_timestep", self.min_timestep, 0 <= self.min_timestep < self.max_timestep, "in [0, max_timestep)")
-        _require("max_timestep", self.max_timestep, self.max_timestep < 1, "below 1")
+        for name in ("iterations", "critic_ratio", "pair_steps"):
+            require(name, getattr(self, name), getattr(self, name) >= 1, "1 or more")
+        for name in ("guidance_scale", "regression_weight", "pairs"):
+            require(name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
+        require("min_timestep", self.min_timestep, 0 <= self.min_timestep < self.max_timestep, "in [0, max_timestep)")
+        require("max_timestep", self.max_timestep, self.max_timestep < 1, "below 1")
         if self.regression_weight > 0 and self.pairs == 0:
             raise ValueError("regression_weight above 0 needs pairs; got pairs = 0")
+        require("critic_learning_rate", self.critic_learning_rate, self.critic_learning_rate > 0, "more than 0")
+        self.trainer, self.roles  # noqa: B018  they check what is theirs
+
+    @property
+    def trainer(self) -> TrainerConfig:
+        """Of the loop."""
+        return TrainerConfig(
+            updates=self.iterations,
+            batch_size=self.batch_size,
+            ema_decay=self.ema_decay,
+            seed=self.seed,
+            report_every=self.report_every,
+            checkpoint_every=self.checkpoint_every,
+        )
+
+    @property
+    def roles(self) -> dict[str, RoleConfig]:
+        """Of each role that trains."""
+        shared = {
+            name: getattr(self, name)
+            for name in ("beta1", "beta2", "weight_decay", "warm_up", "decay", "max_grad_norm")
+        }
+        return {
+            "student": RoleConfig(self.learning_rate, **shared),
+            "fake_score": RoleConfig(self.critic_learning_rate, **shared),
+        }
 
 
-class DMD:
-    """The three roles, and what each one's turn computes. No optimiser and no loop.
+class DMD(Method):
+    """The three roles, and what each one's turn computes.
 
     Networks are called as diffusers' UNets: `network(x_t, t, encoder_hidden_states=condition, return_dict=False)[0]`.
+
+    Each batch is a `noise` (B, …) with its `condition` (B, L, D), and for the regression term a `pair_noise`, its
+    `pair_sample` and its `pair_condition`.
 
     Args:
         teacher: frozen here; student and fake score start as copies of it.
@@ -96,6 +126,8 @@ class DMD:
         config: see `DMDConfig`.
         unconditional: (1, L, D), the condition of the empty prompt; needed for guidance.
     """
+
+    name = "dmd"
 
     def __init__(
         self,
@@ -107,12 +139,15 @@ class DMD:
     ):
         last = len(schedule) - 1
         start = last if config.student_timestep is None else config.student_timestep
-        _require("student_timestep", start, 0 <= start <= last, f"in 0..{last}")
+        require("student_timestep", start, 0 <= start <= last, f"in 0..{last}")
         if config.guidance_scale != 1 and unconditional is None:
             raise ValueError(f"guidance_scale {config.guidance_scale} needs the condition of the empty prompt")
         self.teacher = teacher.eval().requires_grad_(False)
         self.student = copy.deepcopy(teacher).train().requires_grad_(True)
         self.fake_score = copy.deepcopy(teacher).train().requires_grad_(True)
+        self.roles = {"student": self.student, "teacher": self.teacher, "fake_score": self.fake_score}
+        # The fake score learns on every batch; every `critic_ratio`-th is the student's too.
+        self.turns = (Turn("student", config.critic_ratio), Turn("fake_score"))
         self.schedule = schedule.to(next(teacher.parameters()).device)
         self.prediction_type = diffusion.check_prediction_type(prediction_type)
         self.config = config
@@ -120,9 +155,14 @@ class DMD:
         self.start = start
         self.start_point = conversion_point(self.schedule, start, self.prediction_type)
 
-    @property
-    def roles(self) -> dict[str, nn.Module]:
-        return {"student": self.student, "teacher": self.teacher, "fake_score": self.fake_score}
+    def losses(self, role: str, step: Step) -> Losses:
+        return self._student_losses(step) if role == "student" else self._fake_score_losses(step)
+
+    def probing(self) -> AbstractContextManager:
+        return nudged(self.fake_score)  # it starts as the teacher's copy, and equal scores give a gradient of zero
+
+    def facts(self) -> dict[str, Any]:
+        return {"prediction_type": self.prediction_type, "student_timestep": self.start}
 
     def generate(self, noise: Tensor, condition: Tensor) -> Tensor:
         """The student's one step: noise (B, ...) and condition (B, L, D) to a sample of the data (B, ...)."""
@@ -130,57 +170,46 @@ class DMD:
         pred = predict(self.student, noise, t, condition)
         return diffusion.to_data(pred, noise, *self.start_point, self.prediction_type)
 
-    def distribution_loss(self, x: Tensor, condition: Tensor, generator: torch.Generator) -> tuple[Tensor, DMDStats]:
+    def _student_losses(self, step: Step) -> Losses:
+        batch = step.batch
+        x = self.generate(batch["noise"], batch["condition"])
+        step.memo["x"] = x.detach()
+        loss, stats = self.distribution_loss(x, batch["condition"], step.draws)
+        terms = {"dmd": loss}
+        if self.config.regression_weight > 0:
+            if "pair_noise" not in batch:
+                raise ValueError(f"regression_weight {self.config.regression_weight} needs pairs; the data has none")
+            # To where the teacher's ODE carries the same noise.
+            carried = self.generate(batch["pair_noise"], batch["pair_condition"])
+            terms["regression"] = self.config.regression_weight * F.mse_loss(carried, batch["pair_sample"])
+        return Losses(terms, {"guarded": stats.guarded / x.numel()})
+
+    def distribution_loss(self, x: Tensor, condition: Tensor, draws: Draws) -> tuple[Tensor, DMDStats]:
         """The student's loss on its samples x (B, ...): everything but x is without gradient."""
         lowest = int(self.config.min_timestep * len(self.schedule))
         highest = int(self.config.max_timestep * len(self.schedule))
         with torch.no_grad():
-            x_t, t, alpha, sigma, _ = self._diffuse(x, lowest, highest + 1, generator)
+            x_t, t, alpha, sigma, _ = self._diffuse(x, lowest, highest + 1, draws)
             pred_real = predict_guided(self.teacher, x_t, t, condition, self.config.guidance_scale, self.unconditional)
             pred_fake = predict(self.fake_score, x_t, t, condition)
         return dmd_loss(
             x, x_t, pred_real, pred_fake, alpha, sigma, prediction_type=self.prediction_type, return_stats=True
         )
 
-    def regression_loss(self, noise: Tensor, sample: Tensor, condition: Tensor) -> Tensor:
-        """Mean squared error of the student's step to where the teacher's ODE carries the same noise."""
-        return torch.nn.functional.mse_loss(self.generate(noise, condition), sample)
-
-    def fake_score_loss(self, x: Tensor, condition: Tensor, generator: torch.Generator) -> Tensor:
+    def _fake_score_losses(self, step: Step) -> Losses:
         """The teacher's own denoising loss, on the student's samples, at all timesteps, without guidance."""
-        x = x.detach()
-        x_t, t, alpha, sigma, noise = self._diffuse(x, 0, len(self.schedule), generator)
-        target = diffusion.training_target(x, noise, alpha, sigma, self.prediction_type)
-        return torch.nn.functional.mse_loss(predict(self.fake_score, x_t, t, condition), target)
+        condition = step.batch["condition"]
+        if "x" not in step.memo:
+            with torch.no_grad():
+                step.memo["x"] = self.generate(step.batch["noise"], condition)
+        x = step.memo["x"]
+        x_t, t, alpha, sigma, noise = self._diffuse(x, 0, len(self.schedule), step.draws)
+        pred = predict(self.fake_score, x_t, t, condition)
+        loss = denoising_loss(pred, x, noise, alpha, sigma, prediction_type=self.prediction_type)
+        return Losses({"fake_score": loss})
 
-    def losses_by_owner(
-        self, noise: Tensor, condition: Tensor, generator: torch.Generator
-    ) -> dict[str, tuple[str, Callable[[], Tensor]]]:
-        """Each loss on a fresh sample, by name, with the role it trains: what the gradient contract is checked on."""
-
-        def distribution() -> Tensor:
-            return self.distribution_loss(self.generate(noise, condition), condition, generator)[0]
-
-        def regression() -> Tensor:
-            return self.regression_loss(noise, torch.zeros_like(noise), condition)
-
-        def fake_score() -> Tensor:
-            return self.fake_score_loss(self.generate(noise, condition), condition, generator)
-
-        losses = {"dmd": ("student", distribution), "fake_score": ("fake_score", fake_score)}
-        if self.config.regression_weight > 0:
-            losses["regression"] = ("student", regression)
-        return losses
-
-    def _diffuse(
-        self, x: Tensor, low: int, high: int, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        t = torch.randint(low, high, (len(x),), generator=generator).to(x.device)
-        noise = torch.randn(x.shape, generator=generator).to(x)
+    def _diffuse(self, x: Tensor, low: int, high: int, draws: Draws) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        t = draws.randint(low, high)
+        noise = draws.randn(*x.shape[1:]).to(x)
         alpha, sigma = self.schedule.at(t)
         return diffusion.add_noise(x, noise, alpha, sigma), t, alpha, sigma, noise
-
-
-def _require(name: str, value: float, holds: bool, needed: str) -> None:
-    if not holds:
-        raise ValueError(f"{name} must be {needed}; got {value}")

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from fastdistill.optim import FusedAdamW
 
 
 class RoleUpdater:
     """The optimiser of one role. It counts updates, and only updates: warm-up and decay are in its own updates.
 
+    Clipping, AdamW and the average are one sweep; a gradient that is not finite leaves all three out, which is counted
+    on the device (`fastdistill.optim.FusedAdamW`).
+
     Attributes:
-        updates: optimiser steps taken so far.
+        attempts: optimiser steps tried; the schedule counts these.
     """
 
     def __init__(
@@ -26,29 +31,53 @@ class RoleUpdater:
         weight_decay: float,
         max_grad_norm: float,
         schedule: Callable[[int], float],
+        average: EMA | None = None,
     ):
-        """`schedule(n)` is the factor of the learning rate at update n, counted from 0."""
-        self.parameters = [p for p in network.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=learning_rate, betas=betas, weight_decay=weight_decay)
-        self.learning_rate, self.max_grad_norm, self.schedule = learning_rate, max_grad_norm, schedule
-        self.updates = 0
+        """`schedule(n)` is the factor of the learning rate at update n, counted from 0; `average` follows `network`."""
+        trained = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
+        averages = None if average is None else dict(average.network.named_parameters())
+        self.optimizer = FusedAdamW(
+            [p for _, p in trained],
+            lr=learning_rate,
+            betas=betas,
+            weight_decay=weight_decay,
+            max_grad_norm=max_grad_norm,
+            ema=None if averages is None else [averages[name] for name, _ in trained],
+        )
+        self.network, self.average = network, average
+        self.learning_rate, self.schedule = learning_rate, schedule
+        self.attempts = 0
 
-    def step(self, loss: Tensor) -> Tensor:
-        """Update the role from `loss`; returns the gradient's norm before clipping, a scalar tensor.
+    @property
+    def skipped(self) -> int:
+        """Steps left out because the gradient was not finite; waits for the device."""
+        return int(self.optimizer.skipped)
 
-        Raises:
-            FloatingPointError: the gradient is not finite. The parameters are as they were.
-        """
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
-        if not math.isfinite(norm):
-            raise FloatingPointError(f"the gradient is not finite at update {self.updates} (norm {norm.item()})")
+    @property
+    def updates(self) -> int:
+        """Steps taken; waits for the device."""
+        return self.attempts - self.skipped
+
+    def step(self) -> None:
+        """Update the role, and its average, from the gradients that its parameters have, and clear these."""
         for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate * self.schedule(self.updates)
+            group["lr"] = self.learning_rate * self.schedule(self.attempts)
+        if self.average is not None:
+            self.optimizer.ema_decay = self.average.decay_at(self.attempts)
+        skipped = self.optimizer.skipped.clone()
         self.optimizer.step()
-        self.updates += 1
-        return norm
+        self.optimizer.zero_grad(set_to_none=True)
+        self.attempts += 1
+        if self.average is not None:
+            self.average.copy_buffers(self.network, where=self.optimizer.skipped == skipped)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"adamw": self.optimizer.state_dict(), "attempts": self.attempts, "skipped": self.skipped}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state["adamw"])
+        self.attempts = state["attempts"]
+        self.optimizer.skipped.fill_(state["skipped"])
 
 
 def warm_up_then_decay(updates: int, warm_up: int, decay: float) -> Callable[[int], float]:
@@ -65,19 +94,20 @@ def warm_up_then_decay(updates: int, warm_up: int, decay: float) -> Callable[[in
 class EMA:
     """A moving average of a network's parameters, in their dtype, as a network of its own that never trains.
 
-    Early on the decay is at most (1 + n) / (10 + n), so that the average forgets where it started.
+    Early on the decay is at most (1 + n) / (10 + n), so that the average forgets where it started. It is moved by a
+    `RoleUpdater`.
     """
 
     def __init__(self, network: nn.Module, decay: float):
         self.network = copy.deepcopy(network).eval().requires_grad_(False)
         self.decay = decay
-        self.updates = 0
+
+    def decay_at(self, update: int) -> float:
+        """Of the update of this number, counted from 0."""
+        return min(self.decay, (1 + update) / (10 + update))
 
     @torch.no_grad()
-    def update(self, network: nn.Module) -> None:
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        for average, value in zip(self.network.parameters(), network.parameters(), strict=True):
-            average.lerp_(value, 1 - decay)
+    def copy_buffers(self, network: nn.Module, where: Tensor) -> None:
+        """Take over the network's buffers if `where` (), a tensor on the device, is true."""
         for average, value in zip(self.network.buffers(), network.buffers(), strict=True):
-            average.copy_(value)
-        self.updates += 1
+            average.copy_(torch.where(where, value, average))

@@ -10,7 +10,7 @@ import torch
 
 from fastdistill import OneStepPipeline
 from fastdistill.models.digits.text import prompt
-from fastdistill.training import DMDConfig, DMDProgress, distill
+from fastdistill.training import DMDConfig, TrainingProgress, distill
 
 from .result import Training
 
@@ -45,7 +45,7 @@ def distil_live(
     """
     report("distilling: the teacher solves its ODE", 0, seconds)
 
-    def progress(state: DMDProgress) -> bool:
+    def progress(state: TrainingProgress) -> bool:
         report(f"distilling: update {state.update} of the student", min(state.seconds, seconds), seconds)
         return state.seconds >= seconds
 

@@ -1,8 +1,12 @@
 """`python -m fastdistill.training`: what it writes and how it refuses."""
 
 import json
+import os
+import signal
+import sys
 
 import pytest
+from fastdistill.training import Trainer, distill
 from fastdistill.training.__main__ import app
 from typer.testing import CliRunner
 
@@ -10,6 +14,7 @@ from fastdistill.models.digits.folder import save_folder
 
 from .toys import tiny_pipeline
 
+distill_module = sys.modules[distill.__module__]
 TINY = [f"--set={setting}" for setting in ("batch_size=4", "critic_ratio=2", "pairs=4", "pair_steps=2")]
 
 
@@ -40,6 +45,30 @@ def test_it_writes_a_student_with_the_settings_that_were_asked_for(teacher, prom
     assert "3 of student, 6 of fake_score" in result.output
 
 
+def test_a_run_that_is_terminated_exits_with_0_and_is_continued_to_the_same_student(
+    teacher, prompts, tmp_path, monkeypatch
+):
+    arguments = ["--teacher", teacher, "--prompts", prompts, "--iterations", 3, *TINY]
+    assert run("--out", tmp_path / "whole", *arguments).exit_code == 0
+
+    class Terminated(Trainer):
+        def iterate(self):
+            super().iterate()
+            if self.iteration == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(distill_module, "Trainer", Terminated)
+        first = run("--out", tmp_path / "student", "--checkpoints", tmp_path / "run", *arguments)
+    assert first.exit_code == 0, first.output
+    assert "SIGTERM after update 1 of 3; continue with --checkpoints" in first.output
+    assert not (tmp_path / "student").exists()
+    second = run("--out", tmp_path / "student", "--checkpoints", tmp_path / "run", "--resume", *arguments)
+    assert second.exit_code == 0, second.output
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    assert (tmp_path / "student" / weights).read_bytes() == (tmp_path / "whole" / weights).read_bytes()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -50,6 +79,7 @@ def test_it_writes_a_student_with_the_settings_that_were_asked_for(teacher, prom
         (["--iterations", "0"], "iterations must be 1 or more; got 0"),
         (["--teacher", "no-such-model"], "unknown model 'no-such-model'"),
         (["--prompts", "missing.txt"], "missing.txt: no such file"),
+        (["--resume"], "resume needs checkpoints, the folder of the run to continue"),
         (["--device", "warp"], "--device warp: needed cpu, cuda or cuda:N"),
     ],
 )

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from fastdistill.training import DMD, DMDConfig, GradientContractError, make_pairs, train
+from fastdistill.training import DMD, DMDConfig, GradientContractError, Losses, PromptData, Trainer, make_pairs
 
 from .toys import CONDITIONS, TARGET_MEAN, TARGET_STD, gaussian_teacher
 
@@ -17,12 +17,16 @@ def roles(config=QUICK, **options):
     return DMD(teacher, schedule, "sample", config, **options)
 
 
+def train(dmd, pairs=None, conditions=CONDITIONS, callback=None):
+    return Trainer(dmd, PromptData(conditions, SHAPE, pairs), dmd.config.trainer, dmd.config.roles).run(callback)
+
+
 def test_the_student_moves_onto_the_teachers_distribution():
     config = dataclasses.replace(
         QUICK, iterations=300, batch_size=128, learning_rate=0.03, critic_learning_rate=0.03, critic_ratio=5
     )
     dmd = roles(config)
-    run = train(dmd, CONDITIONS, SHAPE)
+    run = train(dmd)
     x = run.student.gain * torch.randn(20000, 2, generator=torch.Generator().manual_seed(7)) + run.student.bias
     torch.testing.assert_close(x.mean(0), torch.tensor(TARGET_MEAN), rtol=0, atol=0.15)
     torch.testing.assert_close(x.std(0), torch.tensor(TARGET_STD), rtol=0, atol=0.15)
@@ -37,7 +41,7 @@ def test_the_regression_term_alone_carries_each_noise_where_the_ode_does():
         dmd.teacher.gain.zero_()
         dmd.teacher.bias.copy_(dmd.teacher.mean)
     pairs = make_pairs(dmd.teacher, CONDITIONS, dmd.schedule, "sample", count=200, sample_shape=SHAPE, steps=100)
-    run = train(dmd, CONDITIONS, SHAPE, pairs=pairs)
+    run = train(dmd, pairs)
     torch.testing.assert_close(run.student.bias, torch.tensor(TARGET_MEAN), rtol=0, atol=0.1)
     torch.testing.assert_close(run.student.gain, torch.tensor(TARGET_STD), rtol=0, atol=0.1)
 
@@ -45,44 +49,55 @@ def test_the_regression_term_alone_carries_each_noise_where_the_ode_does():
 @pytest.mark.parametrize("ratio", [1, 3, 5])
 def test_the_fake_score_is_updated_critic_ratio_times_per_student_update(ratio):
     dmd = roles(dataclasses.replace(QUICK, critic_ratio=ratio))
-    run = train(dmd, CONDITIONS, SHAPE)
+    run = train(dmd)
     assert run.updates == {"student": 6, "fake_score": 6 * ratio}
-    # The first numbers are the contract check. Then one sample per batch, one teacher pass per student turn.
-    assert dmd.student.calls == 2 + 6 * ratio
-    assert dmd.teacher.calls == 1 + 6
-    assert dmd.fake_score.calls == 2 + 6 * ratio + 6
+    # Twice per turn for the contract check. Then one sample per batch, one teacher pass per student turn.
+    assert dmd.student.calls == 4 + 6 * ratio
+    assert dmd.teacher.calls == 2 + 6
+    assert dmd.fake_score.calls == 4 + 6 * ratio + 6
 
 
-def test_the_fake_score_learns_on_every_batch_before_the_student_takes_its_turn():
+def test_the_fake_score_learns_on_every_batch_and_the_student_on_the_last_of_each_round():
     turns = []
 
     class Recorder(DMD):
-        def distribution_loss(self, *args):
-            turns.append("student")
-            return super().distribution_loss(*args)
-
-        def fake_score_loss(self, *args):
-            turns.append("fake_score")
-            return super().fake_score_loss(*args)
+        def losses(self, role, step):
+            turns.append(role)
+            return super().losses(role, step)
 
     teacher, schedule = gaussian_teacher()
-    train(Recorder(teacher, schedule, "sample", QUICK), CONDITIONS, SHAPE)
-    contract_check = ["student", "fake_score"]
+    train(Recorder(teacher, schedule, "sample", QUICK))
+    contract_check = 2 * ["student"] + 2 * ["fake_score"]
     assert turns == contract_check + 6 * ["fake_score", "fake_score", "student", "fake_score"]
+
+
+def test_the_fake_score_learns_on_the_very_samples_of_the_students_turn():
+    seen = []
+
+    class Recorder(DMD):
+        def losses(self, role, step):
+            losses = super().losses(role, step)
+            seen.append((role, step.memo["x"]))
+            return losses
+
+    teacher, schedule = gaussian_teacher()
+    train(Recorder(teacher, schedule, "sample", QUICK))
+    (first, x), (then, again) = seen[-2:]
+    assert (first, then) == ("student", "fake_score")
+    assert x is again
 
 
 def test_the_teacher_does_not_change():
     dmd = roles()
     before = {name: value.clone() for name, value in dmd.teacher.state_dict().items()}
-    train(dmd, CONDITIONS, SHAPE)
+    train(dmd)
     assert all(torch.equal(value, before[name]) for name, value in dmd.teacher.state_dict().items())
     assert any(not torch.equal(value, before[name]) for name, value in dmd.student.state_dict().items())
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_seed_others():
     first, again, other = (
-        train(roles(dataclasses.replace(QUICK, seed=seed)), CONDITIONS, SHAPE).student.state_dict()
-        for seed in (0, 0, 1)
+        train(roles(dataclasses.replace(QUICK, seed=seed))).student.state_dict() for seed in (0, 0, 1)
     )
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert any(not torch.equal(first[name], other[name]) for name in first)
@@ -90,9 +105,9 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_others():
 
 def test_global_random_state_plays_no_part():
     torch.manual_seed(1)
-    first = train(roles(), CONDITIONS, SHAPE).student.state_dict()
+    first = train(roles()).student.state_dict()
     torch.manual_seed(2)
-    again = train(roles(), CONDITIONS, SHAPE).student.state_dict()
+    again = train(roles()).student.state_dict()
     assert all(torch.equal(first[name], again[name]) for name in first)
 
 
@@ -111,7 +126,7 @@ def test_only_the_teacher_is_guided_and_it_keeps_no_graph():
     _, schedule = gaussian_teacher()
     config = dataclasses.replace(QUICK, guidance_scale=2.0)
     dmd = DMD(Recorder(), schedule, "sample", config, unconditional=torch.full((1, 1, 1), -1.0))
-    train(dmd, torch.full((1, 1, 1), 3.0), SHAPE)
+    train(dmd, conditions=torch.full((1, 1, 1), 3.0))
     assert [-1.0] in dmd.teacher.seen
     assert dmd.teacher.graphs == {False}
     assert all(seen == [3.0] for network in (dmd.student, dmd.fake_score) for seen in network.seen)
@@ -121,25 +136,27 @@ def test_distributions_are_compared_only_within_the_timestep_range_and_the_fake_
     seen = {"teacher": [], "fake_score": []}
 
     class Recorder(DMD):
-        def _diffuse(self, x, low, high, generator):
+        def _diffuse(self, x, low, high, draws):
             seen["teacher" if low else "fake_score"].append((low, high))
-            return super()._diffuse(x, low, high, generator)
+            return super()._diffuse(x, low, high, draws)
 
     teacher, schedule = gaussian_teacher()
-    train(Recorder(teacher, schedule, "sample", QUICK), CONDITIONS, SHAPE)
+    train(Recorder(teacher, schedule, "sample", QUICK))
     assert set(seen["teacher"]) == {(20, 981)}
     assert set(seen["fake_score"]) == {(0, 1000)}
 
 
 def test_the_callback_sees_progress_and_can_end_the_run():
     seen = []
-    run = train(roles(), CONDITIONS, SHAPE, callback=seen.append)
+    run = train(roles(), callback=seen.append)
     assert [progress.update for progress in seen] == [2, 4, 6]
     assert all(progress.total == 6 for progress in seen)
     assert set(seen[0].losses) == {"dmd", "guarded", "fake_score"}
     assert run.losses == seen[-1].losses
-    stopped = train(roles(), CONDITIONS, SHAPE, callback=lambda progress: progress.update == 4)
+    assert run.ended == "finished"
+    stopped = train(roles(), callback=lambda progress: progress.update == 4)
     assert stopped.updates == {"student": 4, "fake_score": 12}
+    assert stopped.ended == "callback"
 
 
 def test_a_student_made_without_gradient_is_refused_at_start_up():
@@ -150,17 +167,25 @@ def test_a_student_made_without_gradient_is_refused_at_start_up():
 
     teacher, schedule = gaussian_teacher()
     with pytest.raises(GradientContractError, match="'dmd' gives no gradient"):
-        train(NoGradient(teacher, schedule, "sample", QUICK), CONDITIONS, SHAPE)
+        train(NoGradient(teacher, schedule, "sample", QUICK))
 
 
-def test_a_fake_score_loss_that_reaches_the_student_is_refused_at_start_up():
+@pytest.mark.parametrize("intruder", ["teacher", "fake_score"])
+def test_a_role_that_the_method_leaves_trainable_in_the_students_turn_is_refused_at_start_up(intruder):
     class Leaky(DMD):
-        def fake_score_loss(self, x, condition, generator):
-            return super().fake_score_loss(x, condition, generator) + x.mean()
+        def losses(self, role, step):
+            if role == "student":
+                self.roles[intruder].requires_grad_(True)
+                pred = self.roles[intruder](
+                    step.batch["noise"], torch.zeros(len(step.batch["noise"])).long(), None, None
+                )
+                losses = super().losses(role, step)
+                return Losses({"dmd": losses.terms["dmd"] + pred[0].mean()})
+            return super().losses(role, step)
 
     teacher, schedule = gaussian_teacher()
-    with pytest.raises(GradientContractError, match=r"'fake_score' must train 'fake_score' alone.*'student'"):
-        train(Leaky(teacher, schedule, "sample", QUICK), CONDITIONS, SHAPE)
+    with pytest.raises(GradientContractError, match=rf"'dmd' must train 'student' alone.*'{intruder}'"):
+        train(Leaky(teacher, schedule, "sample", QUICK))
 
 
 @pytest.mark.parametrize(
@@ -188,4 +213,4 @@ def test_what_the_roles_lack_is_named():
     with pytest.raises(ValueError, match=r"guidance_scale 2\.0 needs the condition of the empty prompt"):
         roles(dataclasses.replace(QUICK, guidance_scale=2.0))
     with pytest.raises(ValueError, match=r"regression_weight 0\.5 needs pairs"):
-        train(roles(dataclasses.replace(QUICK, regression_weight=0.5)), CONDITIONS, SHAPE)
+        train(roles(dataclasses.replace(QUICK, regression_weight=0.5)))

@@ -1,0 +1,242 @@
+"""The loop: counting, accumulation, resuming to the bit, signals, updates that are left out."""
+
+import dataclasses
+import os
+import signal
+
+import pytest
+import torch
+from fastdistill.training import (
+    DMD,
+    CheckpointError,
+    Diverged,
+    DMDConfig,
+    Losses,
+    Method,
+    PromptData,
+    RoleConfig,
+    Trainer,
+    TrainerConfig,
+    Turn,
+)
+from torch import nn
+
+from .toys import CONDITIONS, gaussian_teacher
+
+CONFIG = TrainerConfig(updates=6, batch_size=8, report_every=1)
+ADAM = RoleConfig(learning_rate=0.01, warm_up=2, decay=0.5)
+
+
+class Pursuit(Method):
+    """A student that runs to where a critic is, and a critic that runs to where the student was; with dropout."""
+
+    name = "pursuit"
+
+    def __init__(self, every=2):
+        torch.manual_seed(0)
+        self.roles = {"student": _network(), "critic": _network(), "teacher": _network().eval()}
+        self.turns = (Turn("student", every), Turn("critic"))
+        self.seen = []
+
+    def losses(self, role, step):
+        self.seen.append(role)
+        x = self.roles["student"](step.batch["noise"])
+        if role == "student":
+            target = self.roles["critic"](step.draws.randn(2)) + self.roles["teacher"](x)
+            return Losses({"near": (x - target).square().mean(), "small": 0.1 * x.square().mean()})
+        return Losses({"follow": (self.roles["critic"](step.draws.randn(2)) - x.detach()).square().mean()})
+
+
+def _network():
+    return nn.Sequential(nn.Linear(2, 8), nn.BatchNorm1d(8), nn.Dropout(0.2), nn.Linear(8, 2))
+
+
+def trainer(method=None, config=CONFIG, folder=None):
+    method = method or Pursuit()
+    roles = {turn.role: ADAM for turn in method.turns}
+    return Trainer(method, PromptData(CONDITIONS, (2,)), config, roles, folder=folder)
+
+
+def weights(trainer):
+    networks = [*trainer.method.roles.values(), trainer.average.network]
+    return [value.clone() for network in networks for value in network.state_dict().values()]
+
+
+def same(a, b):
+    return all(map(torch.equal, a, b))
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("every", [1, 2, 5])
+def test_roles_are_updated_in_their_ratio_whatever_the_accumulation(every, accumulation):
+    method = Pursuit(every)
+    run = trainer(method, dataclasses.replace(CONFIG, accumulation=accumulation)).run()
+    assert run.updates == {"student": 6, "critic": 6 * every}
+    contract_check = 5  # names of the terms of two turns, then each of three terms
+    assert len(method.seen) - contract_check == accumulation * (6 + 6 * every)
+
+
+def test_accumulated_micro_batches_give_the_gradient_of_the_whole_batch():
+    class Mean(Method):
+        name = "mean"
+
+        def __init__(self):
+            torch.manual_seed(0)
+            self.roles = {"student": nn.Linear(2, 1)}
+            self.turns = (Turn("student"),)
+
+        def losses(self, role, step):
+            return Losses({"loss": self.roles["student"](step.batch["noise"]).square().mean()})
+
+    class Halves:
+        def __init__(self, samples):
+            self.samples = samples
+
+        def batch(self, first, draws):
+            return {"noise": self.samples[first : first + draws.batch_size]}
+
+    samples = torch.randn(48, 2, generator=torch.Generator().manual_seed(1))
+    results = []
+    for batch_size, accumulation in ((8, 1), (4, 2), (2, 4)):
+        method = Mean()
+        config = dataclasses.replace(CONFIG, batch_size=batch_size, accumulation=accumulation)
+        Trainer(method, Halves(samples), config, {"student": ADAM}).run()
+        results.append(method.roles["student"].weight.detach())
+    torch.testing.assert_close(results[1], results[0])
+    torch.testing.assert_close(results[2], results[0])
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("stop", range(1, 6))
+def test_a_run_stopped_at_any_update_and_resumed_equals_the_uninterrupted_one_bit_for_bit(tmp_path, stop, accumulation):
+    config = dataclasses.replace(CONFIG, accumulation=accumulation)
+    torch.manual_seed(7)
+    whole = trainer(config=config)
+    whole.run()
+    torch.manual_seed(7)
+    trainer(config=config, folder=tmp_path).run(lambda progress: progress.update == stop)
+    torch.manual_seed(99)  # dropout draws from the global generator, which is restored
+    resumed = trainer(config=config, folder=tmp_path)
+    assert resumed.resume() == stop
+    run = resumed.run()
+    assert same(weights(resumed), weights(whole))
+    assert run.updates == {"student": 6, "critic": 12}
+    assert same(*(list(_tensors(t.state())) for t in (resumed, whole)))
+
+
+def _tensors(tree):
+    if isinstance(tree, torch.Tensor):
+        yield tree
+    elif isinstance(tree, dict):
+        for value in tree.values():
+            yield from _tensors(value)
+
+
+def test_dmd_resumes_to_the_bit(tmp_path):
+    config = DMDConfig(iterations=6, batch_size=16, regression_weight=0, warm_up=2, report_every=1)
+
+    def dmd(folder=None):
+        teacher, schedule = gaussian_teacher()
+        method = DMD(teacher, schedule, "sample", config)
+        return Trainer(method, PromptData(CONDITIONS, (2,)), config.trainer, config.roles, folder=folder)
+
+    whole = dmd()
+    whole.run()
+    dmd(tmp_path).run(lambda progress: progress.update == 3)
+    resumed = dmd(tmp_path)
+    resumed.resume()
+    resumed.run()
+    assert same(weights(resumed), weights(whole))
+
+
+def test_checkpoints_are_made_every_so_many_updates_and_at_the_end(tmp_path):
+    config = dataclasses.replace(CONFIG, updates=7, checkpoint_every=2, keep_checkpoints=10)
+    trainer(config=config, folder=tmp_path).run()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"step-{n:08d}" for n in (4, 8, 12, 14)]
+
+
+def test_a_checkpoint_of_another_run_is_refused_with_the_difference(tmp_path):
+    trainer(folder=tmp_path).run()
+    other = trainer(config=dataclasses.replace(CONFIG, seed=1), folder=tmp_path)
+    before = weights(other)
+    with pytest.raises(CheckpointError, match=r"another run: config\.seed is 0 in the checkpoint and 1 here"):
+        other.resume()
+    assert same(weights(other), before)
+    method = Pursuit()
+    method.name = "chase"
+    method.roles["critic"] = nn.Linear(2, 2)
+    with pytest.raises(CheckpointError, match=r"method is 'pursuit' .* 'chase' here; networks\.critic\.class is"):
+        trainer(method, folder=tmp_path).resume()
+
+
+def test_a_longer_run_may_resume_a_shorter_one(tmp_path):
+    trainer(folder=tmp_path).run()
+    longer = trainer(config=dataclasses.replace(CONFIG, updates=9), folder=tmp_path)
+    assert longer.resume() == 6
+    assert longer.run().updates["student"] == 9
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_run_after_its_update_with_a_checkpoint(tmp_path, number):
+    def kill(progress):
+        if progress.update == 3:
+            os.kill(os.getpid(), number)
+
+    handlers = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
+    run = trainer(folder=tmp_path).run(kill)
+    assert run.ended == signal.Signals(number).name
+    assert run.updates["student"] == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000006"]
+    assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)] == handlers
+
+
+class Poisoned(Pursuit):
+    """Not finite in the student's turns of the given iterations."""
+
+    def __init__(self, bad):
+        super().__init__(every=1)
+        self.bad, self.turns_taken = bad, 0
+
+    def losses(self, role, step):
+        losses = super().losses(role, step)
+        if role == "student":
+            self.turns_taken += 1
+            if self.turns_taken - 3 in self.bad:  # behind the contract check
+                losses.terms["near"] = losses.terms["near"] * float("nan")
+        return losses
+
+
+def test_an_update_that_is_not_finite_is_left_out_and_the_others_go_on():
+    run = trainer(Poisoned(bad=(2, 3)))
+    seen = []
+    run.run(lambda progress: seen.append((progress.updates["student"], progress.skipped["student"])))
+    assert seen == [(1, 0), (1, 1), (1, 2), (2, 2), (3, 2), (4, 2)]
+    assert all(bool(value.isfinite().all()) for value in weights(run) if value.is_floating_point())
+
+
+def test_too_many_of_them_end_the_run_with_the_state_of_before_saved(tmp_path):
+    config = dataclasses.replace(CONFIG, most_skipped=2)
+    poisoned = trainer(Poisoned(bad=range(3, 99)), config, tmp_path)
+    with pytest.raises(Diverged, match=r"student: 3 updates were left out .*most_skipped 2"):
+        poisoned.run()
+    good = trainer(Poisoned(bad=()), config)
+    good.run(lambda progress: progress.update == 2)
+    found = trainer(Poisoned(bad=()), config, tmp_path)
+    assert found.resume() == 5
+    average = found.average.network.state_dict()
+    assert all(torch.equal(value, average[name]) for name, value in good.average.network.state_dict().items())
+
+
+def test_the_contract_check_leaves_no_trace():
+    checked = trainer()
+    before, state = weights(checked), torch.get_rng_state()
+    checked._check_contract()
+    assert same(weights(checked), before)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_roles_without_a_configuration_are_named():
+    with pytest.raises(
+        ValueError, match=r"roles: configured are \['student'\]; pursuit trains \['critic', 'student'\]"
+    ):
+        Trainer(Pursuit(), PromptData(CONDITIONS, (2,)), CONFIG, {"student": ADAM})

@@ -1,0 +1,74 @@
+"""What a run depends on beside its method: frozen, checked when made, every field with its unit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """Of the loop.
+
+    Attributes:
+        updates: of the student; one that is left out for a gradient that is not finite counts as tried.
+        batch_size: samples per micro-batch.
+        accumulation: micro-batches per update.
+        ema_decay: per student update, of the average that is delivered; 0 delivers the weights themselves.
+        seed: of everything random. The same seed gives the same bytes on the same machine and number of threads.
+        report_every: student updates between two calls of the callback.
+        checkpoint_every: student updates between two checkpoints; 0 for one at the end alone.
+        keep_checkpoints: how many of the newest are kept.
+        most_skipped: updates that may be left out, per role, before the run is stopped.
+    """
+
+    updates: int = 300
+    batch_size: int = 64
+    accumulation: int = 1
+    ema_decay: float = 0.98
+    seed: int = 0
+    report_every: int = 10
+    checkpoint_every: int = 0
+    keep_checkpoints: int = 2
+    most_skipped: int = 10
+
+    def __post_init__(self) -> None:
+        for name in ("updates", "batch_size", "accumulation", "report_every", "keep_checkpoints"):
+            require(name, getattr(self, name), getattr(self, name) >= 1, "1 or more")
+        for name in ("checkpoint_every", "most_skipped"):
+            require(name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
+        require("ema_decay", self.ema_decay, 0 <= self.ema_decay < 1, "in [0, 1)")
+
+
+@dataclass(frozen=True)
+class RoleConfig:
+    """Of one role's AdamW.
+
+    Attributes:
+        learning_rate: its highest, after the warm-up.
+        beta1, beta2, weight_decay: of AdamW.
+        warm_up: updates of this role over which its learning rate rises from 0.
+        decay: share of the run, at its end, over which its learning rate falls to 0.
+        max_grad_norm: gradients are clipped to this global norm.
+    """
+
+    learning_rate: float
+    beta1: float = 0.9
+    beta2: float = 0.999
+    weight_decay: float = 0.01
+    warm_up: int = 0
+    decay: float = 0.0
+    max_grad_norm: float = 10.0
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "max_grad_norm"):
+            require(name, getattr(self, name), getattr(self, name) > 0, "more than 0")
+        for name in ("weight_decay", "warm_up"):
+            require(name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
+        for name in ("beta1", "beta2"):
+            require(name, getattr(self, name), 0 <= getattr(self, name) < 1, "in [0, 1)")
+        require("decay", self.decay, 0 <= self.decay <= 1, "in [0, 1]")
+
+
+def require(name: str, value: float, holds: bool, needed: str) -> None:
+    if not holds:
+        raise ValueError(f"{name} must be {needed}; got {value}")

@@ -1,0 +1,77 @@
+"""What a distillation method says of itself: roles, turns, losses. The trainer does the rest."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from .draws import Draws
+
+
+@dataclass(frozen=True)
+class Turn:
+    """`role` is updated in every `every`-th iteration (TTUR, arXiv 1706.08500, in the counting of arXiv 2405.14867)."""
+
+    role: str
+    every: int = 1
+
+
+@dataclass(frozen=True)
+class Step:
+    """A micro-batch.
+
+    Attributes:
+        batch: what the data gave, on the device of the networks.
+        draws: random numbers of this micro-batch and turn.
+        memo: empty at first; the turns of one iteration see the same one. A sample made in the student's turn is kept
+            here, detached, for the fake score's.
+    """
+
+    batch: Mapping[str, Any]
+    draws: Draws
+    memo: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Of one turn.
+
+    Attributes:
+        terms: scalars, weighted; their sum is what the role descends, and each alone must give it a gradient.
+        logs: further figures for the log, without gradient. Scalars on the device.
+    """
+
+    terms: dict[str, Tensor]
+    logs: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Method(ABC):
+    """Networks as roles, whose turn comes how often, and the loss terms of a turn. A new method is one new file.
+
+    Attributes:
+        name: as the command line and checkpoints know it.
+        roles: every network, by name. Those with a turn train; the trainer freezes the others.
+        turns: in the order in which they come within an iteration. The first one's role is the student, whose updates
+            count, and whose average is delivered.
+    """
+
+    name: str
+    roles: dict[str, nn.Module]
+    turns: tuple[Turn, ...]
+
+    @abstractmethod
+    def losses(self, role: str, step: Step) -> Losses:
+        """The terms of `role`'s turn. Only the parameters of `role` require a gradient while this runs."""
+
+    def probing(self) -> AbstractContextManager:
+        """A context in which every term has a gradient: a fake score that is still the teacher's copy has none."""
+        return nullcontext()
+
+    def facts(self) -> dict[str, Any]:
+        """What a checkpoint must agree with, and what is written beside a student: JSON."""
+        return {}

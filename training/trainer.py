@@ -1,0 +1,340 @@
+"""The training loop: whose turn it is, on which batch, and what is kept of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from . import checkpoint
+from .config import RoleConfig, TrainerConfig
+from .contract import check_gradient_contract
+from .draws import Draws
+from .interruption import Interruption
+from .method import Method, Step, Turn
+from .updates import EMA, RoleUpdater, warm_up_then_decay
+
+
+class Data(Protocol):
+    """Where micro-batches come from."""
+
+    def batch(self, first: int, draws: Draws) -> dict[str, Any]:
+        """The samples of `draws.batch_size` of this process, on its device.
+
+        first: how many samples the run has taken before, over all processes: the position in the data.
+        """
+
+
+@dataclass(frozen=True)
+class TrainingProgress:
+    """What a callback sees.
+
+    Attributes:
+        update, total: student updates done and planned.
+        seconds: of training so far, those before a resume included.
+        losses: the terms and logs of the last turns.
+        updates, skipped: optimiser steps per role, taken and left out for a gradient that is not finite.
+        student: the network that would be delivered now, in evaluation mode. Look, but do not change it.
+    """
+
+    update: int
+    total: int
+    seconds: float
+    losses: dict[str, float]
+    updates: dict[str, int]
+    skipped: dict[str, int]
+    student: nn.Module
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run.
+
+    Attributes:
+        student: the network to deliver, in evaluation mode.
+        updates: optimiser steps per role.
+        seconds: of training.
+        losses: of the last turns.
+        ended: "finished", "callback", or the name of the signal that ended it.
+    """
+
+    student: nn.Module
+    updates: dict[str, int]
+    seconds: float
+    losses: dict[str, float] = field(default_factory=dict)
+    ended: str = "finished"
+
+
+class Diverged(FloatingPointError):
+    """Too many updates were left out for gradients that are not finite; the last good state was saved."""
+
+
+class Trainer:
+    """Trains a method's roles on data.
+
+    Args:
+        method: roles, turns, losses.
+        data: where batches come from.
+        config: of the run.
+        roles: of each role that trains.
+        folder: where checkpoints go; None keeps none. With a folder, SIGTERM and SIGINT end the run after the iteration
+            that it is in, with a checkpoint.
+
+    An iteration is one pass over the turns: a role whose turn is due is updated once, on `accumulation` micro-batches
+    that all due roles of the iteration share.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        data: Data,
+        config: TrainerConfig,
+        roles: dict[str, RoleConfig],
+        *,
+        folder: str | Path | None = None,
+    ) -> None:
+        trained = [turn.role for turn in method.turns]
+        if sorted(roles) != sorted(trained):
+            raise ValueError(f"roles: configured are {sorted(roles)}; {method.name} trains {sorted(trained)}")
+        self.method, self.data, self.config = method, data, config
+        self.folder = None if folder is None else Path(folder)
+        for role, network in method.roles.items():
+            network.requires_grad_(role in trained)
+        self.student = trained[0]
+        self.average = EMA(method.roles[self.student], config.ema_decay)
+        self.updaters = {turn.role: self._updater(turn, roles[turn.role]) for turn in method.turns}
+        self.iteration = 0
+        self.samples = 0
+        self.seconds = 0.0
+        self.losses: dict[str, Tensor] = {}
+
+    def run(self, callback: Callable[[TrainingProgress], bool | None] | None = None) -> Run:
+        """Train until `config.updates` updates of the student are tried, the callback says so, or a signal comes.
+
+        Raises:
+            GradientContractError: before the first update, if a loss term would move another role than its own.
+            Diverged: more than `config.most_skipped` updates of a role in a row were left out.
+            CheckpointError: the last checkpoint could not be written.
+        """
+        self._check_contract()
+        ended = "finished"
+        with Interruption(kept=self.folder is not None) as interruption:
+            while self.updaters[self.student].attempts < self.config.updates:
+                self.iterate()
+                if self._is_due(self.config.report_every):
+                    self._stop_if_diverged()
+                    if callback is not None and callback(self.progress()):
+                        ended = "callback"
+                        break
+                if interruption.requested:
+                    ended = interruption.requested
+                    break
+                if self.folder is not None and self._is_due(self.config.checkpoint_every):
+                    self.save()
+        if self.folder is not None:
+            self.save()
+        return Run(self.average.network, self._updates(), self.seconds, self._read_losses(), ended)
+
+    def iterate(self) -> None:
+        """One iteration: every turn that is due, on the same micro-batches."""
+        start = time.perf_counter()
+        due = [turn for turn in self.method.turns if (self.iteration + 1) % turn.every == 0]
+        steps = [self._step(index) for index in range(self.config.accumulation)]
+        for turn in due:
+            self._take(turn, steps)
+        self.samples += self.config.batch_size * self.config.accumulation
+        self.iteration += 1
+        self.seconds += time.perf_counter() - start
+
+    def _take(self, turn: Turn, steps: list[Step]) -> None:
+        with only(turn.role, self.method):
+            for step in steps:
+                losses = self.method.losses(turn.role, _at(step, turn.role))
+                (sum(losses.terms.values()) / len(steps)).backward()
+                self.losses |= {name: value.detach() for name, value in (losses.terms | losses.logs).items()}
+        self.updaters[turn.role].step()
+
+    def save(self) -> Path:
+        """Write a checkpoint of the run as it stands. Resuming it continues as if nothing had happened."""
+        return checkpoint.save(self.folder, self.iteration, self.state(), keep=self.config.keep_checkpoints)
+
+    def resume(self) -> int | None:
+        """Continue from the newest whole checkpoint: the student's updates so far, or None where there is none.
+
+        Raises:
+            CheckpointError: every checkpoint is damaged, or the newest is of another method, network or configuration;
+                what differs is listed.
+        """
+        found = None if self.folder is None else checkpoint.load_newest(self.folder)
+        if found is None:
+            return None
+        self.load_state(found[1])
+        return self.updaters[self.student].attempts
+
+    def state(self) -> dict[str, Any]:
+        """Everything that the rest of the run depends on, by part; what `load_state` takes."""
+        state: dict[str, Any] = {
+            "identity": self._identity(),
+            "counters": {"iteration": self.iteration, "samples": self.samples, "seconds": self.seconds},
+            "random": checkpoint.random_state(),
+            "average": self.average.network.state_dict(),
+        }
+        for role, updater in self.updaters.items():
+            state[role] = self.method.roles[role].state_dict()
+            state[f"{role}.optimizer"] = updater.state_dict()
+        return state
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Raises CheckpointError, before anything is changed, if the state is another run's."""
+        different = _differences(state["identity"], self._identity())
+        if different:
+            raise checkpoint.CheckpointError("the checkpoint is of another run: " + "; ".join(different))
+        for role, updater in self.updaters.items():
+            self.method.roles[role].load_state_dict(state[role])
+            updater.load_state_dict(state[f"{role}.optimizer"])
+        self.average.network.load_state_dict(state["average"])
+        counters = state["counters"]
+        self.iteration, self.samples, self.seconds = (counters[name] for name in ("iteration", "samples", "seconds"))
+        checkpoint.restore_random_state(state["random"])
+
+    def progress(self) -> TrainingProgress:
+        """The run as it stands; waits for the device."""
+        return TrainingProgress(
+            self.updaters[self.student].attempts,
+            self.config.updates,
+            self.seconds,
+            self._read_losses(),
+            self._updates(),
+            {role: updater.skipped for role, updater in self.updaters.items()},
+            self.average.network,
+        )
+
+    def _step(self, index: int) -> Step:
+        config = self.config
+        draws = Draws(
+            config.seed, self.iteration, index, batch_size=config.batch_size, device=_device(self.method.roles)
+        )
+        return Step(self.data.batch(self.samples + index * config.batch_size, draws.fork("data")), draws)
+
+    def _updater(self, turn: Turn, config: RoleConfig) -> RoleUpdater:
+        # The student takes its turn in every `every`-th iteration; the others' schedules run on their own updates.
+        student_every = self.method.turns[0].every
+        planned = self.config.updates * student_every // turn.every
+        return RoleUpdater(
+            self.method.roles[turn.role],
+            learning_rate=config.learning_rate,
+            betas=(config.beta1, config.beta2),
+            weight_decay=config.weight_decay,
+            max_grad_norm=config.max_grad_norm,
+            schedule=warm_up_then_decay(planned, config.warm_up, config.decay),
+            average=self.average if turn.role == self.student else None,
+        )
+
+    def _check_contract(self) -> None:
+        """On a small batch with numbers of its own; no weight, buffer or generator is different afterwards."""
+        draws = Draws(
+            self.config.seed,
+            "contract",
+            batch_size=min(4, self.config.batch_size),
+            device=_device(self.method.roles),
+        )
+        step = Step(self.data.batch(0, draws.fork("data")), draws)
+        with torch.random.fork_rng(), _untouched_buffers(self.method), self.method.probing():
+            for turn in self.method.turns:
+                check_gradient_contract(self.method.roles, self._terms(turn.role, step))
+
+    def _terms(self, role: str, step: Step) -> dict[str, tuple[str, Callable[[], Tensor]]]:
+        def compute() -> dict[str, Tensor]:
+            with only(role, self.method):
+                # With an empty memo: what an earlier turn left there would hide how the sample is made.
+                return self.method.losses(role, _at(replace(step, memo={}), role)).terms
+
+        def one(name: str) -> Callable[[], Tensor]:
+            return lambda: compute()[name]
+
+        with torch.no_grad():
+            names = list(compute())
+        return {name: (role, one(name)) for name in names}
+
+    def _is_due(self, every: int) -> bool:
+        updater = self.updaters[self.student]
+        taken_now = self.iteration % self.method.turns[0].every == 0
+        return taken_now and every > 0 and (updater.attempts % every == 0 or updater.attempts == self.config.updates)
+
+    def _stop_if_diverged(self) -> None:
+        for role, updater in self.updaters.items():
+            if updater.skipped > self.config.most_skipped:
+                if self.folder is not None:
+                    self.save()
+                raise Diverged(
+                    f"{role}: {updater.skipped} updates were left out for losses or gradients that are not finite "
+                    f"(most_skipped {self.config.most_skipped}); the networks are as they were before"
+                )
+
+    def _updates(self) -> dict[str, int]:
+        return {role: updater.updates for role, updater in self.updaters.items()}
+
+    def _read_losses(self) -> dict[str, float]:
+        return {name: float(value) for name, value in self.losses.items()}
+
+    def _identity(self) -> dict[str, Any]:
+        """What a checkpoint must agree with."""
+        config = asdict(self.config)
+        for free in ("updates", "report_every", "checkpoint_every", "keep_checkpoints", "most_skipped"):
+            config.pop(free)
+        networks = {role: _architecture(self.method.roles[role]) for role in self.updaters}
+        return {"method": self.method.name, "facts": self.method.facts(), "config": config, "networks": networks}
+
+
+@contextmanager
+def only(role: str, method: Method) -> Iterator[None]:
+    """Within, no parameter of another role requires a gradient: a critic passes it on and receives none."""
+    others = [turn.role for turn in method.turns if turn.role != role]
+    for other in others:
+        method.roles[other].requires_grad_(False)
+    try:
+        yield
+    finally:
+        for other in others:
+            method.roles[other].requires_grad_(True)
+
+
+@contextmanager
+def _untouched_buffers(method: Method) -> Iterator[None]:
+    kept = [(buffer, buffer.clone()) for network in method.roles.values() for buffer in network.buffers()]
+    try:
+        yield
+    finally:
+        for buffer, value in kept:
+            buffer.copy_(value)
+
+
+def _at(step: Step, role: str) -> Step:
+    return replace(step, draws=step.draws.fork(role))
+
+
+def _device(roles: dict[str, nn.Module]) -> torch.device:
+    return next(iter(next(iter(roles.values())).parameters())).device
+
+
+def _architecture(network: nn.Module) -> dict[str, list]:
+    """Class, and how many parameters of how many values: enough to tell networks apart, short enough to read."""
+    sizes = [p.numel() for p in network.parameters()]
+    return {"class": type(network).__name__, "parameters": len(sizes), "values": sum(sizes)}
+
+
+def _differences(theirs: dict, ours: dict, place: str = "") -> list[str]:
+    found = []
+    for key in sorted({*theirs, *ours}, key=str):
+        name, a, b = f"{place}{key}", theirs.get(key), ours.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += _differences(a, b, f"{name}.")
+        elif a != b:
+            found.append(f"{name} is {a!r} in the checkpoint and {b!r} here")
+    return found
