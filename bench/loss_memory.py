@@ -1,7 +1,8 @@
 """What a loss keeps for its backward pass and holds at its peak: `python -m fastdistill.bench.loss_memory`.
 
 Fused losses against the same as one writes them, forward and backward. Counted are bytes beyond the inputs and their
-gradients, each storage once, on the CPU: what is allocated there is allocated on a GPU.
+gradients, each storage once, on the CPU: what is allocated there is allocated on a GPU. Tensors are counted; beside
+them the C++ kernel of `lpips_distance` has a scratch of at most 266 KiB per thread for features of up to 1024 channels.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastdistill import diffusion, losses
+
+from . import lpips_distance
+from .report import print_wide
 
 Loss = Callable[..., torch.Tensor]
 
@@ -135,7 +139,31 @@ def _denoising(pred, data, noise, alpha, sigma):
     return losses.denoising_loss(pred, data, noise, alpha, sigma, prediction_type="v_prediction", weighting="min_snr")
 
 
+def _eager_dmd(x, x_t, pred_real, pred_fake, alpha, sigma):
+    alpha, sigma = _over_batch(alpha), _over_batch(sigma)
+    with torch.no_grad():
+        mu_real, mu_fake = ((x_t - sigma * pred) / alpha for pred in (pred_real, pred_fake))
+        gradient = torch.nan_to_num((mu_fake - mu_real) / (x - mu_real).abs().mean(dim=(1, 2, 3), keepdim=True))
+    return 0.5 * F.mse_loss(x, (x - gradient).detach())
+
+
+def _lists(tensors: dict[str, torch.Tensor]) -> tuple[list[torch.Tensor], ...]:
+    """(features_x, features_y, weights) from "x0", "y0", "w0", "x1", …"""
+    return tuple([t for name, t in tensors.items() if name[0] == kind] for kind in "xyw")
+
+
+def _vgg16() -> dict[str, torch.Tensor]:
+    layers = zip(*lpips_distance.inputs())
+    return {f"{kind}{k}": t for k, layer in enumerate(layers) for kind, t in zip("xyw", layer)}
+
+
 COMPARISONS = (
+    Comparison(
+        "lpips_distance, the layers of VGG16 at 64 pixels, float32",
+        lambda **tensors: lpips_distance.eager(*_lists(tensors)).mean(),
+        lambda **tensors: losses.lpips_distance(*_lists(tensors)).mean(),
+        _vgg16,
+    ),
     Comparison(
         "add_distillation_loss, pixels float32",
         _eager_add,
@@ -163,6 +191,15 @@ COMPARISONS = (
 )
 
 
+# Its gradient is made in the forward pass, and kept: in float32 a tensor like x.
+DMD = Comparison(
+    "dmd_loss, latents float32",
+    _eager_dmd,
+    losses.dmd_loss,
+    lambda: _batch(_LATENTS, torch.float32, "x", "x_t", "pred_real", "pred_fake"),
+)
+
+
 # ---- the command ----------------------------------------------------------------------------------------------------
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -174,12 +211,12 @@ def loss_memory() -> None:
     table = Table(title="KiB beyond the inputs and their gradients, forward and backward")
     for heading in ("", "saved, eager", "fused", "peak, eager", "fused"):
         table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
-    for each in COMPARISONS:
+    for each in (*COMPARISONS, DMD):
         inputs = each.inputs()
         eager, fused = measure(each.eager, inputs), measure(each.fused, inputs)
         bytes_of = (eager.saved, fused.saved, eager.peak, fused.peak)
         table.add_row(each.name, *(f"{n / 1024:.2f}" for n in bytes_of))
-    Console().print(table)
+    print_wide(Console(), table)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from fastdistill.bench.loss_memory import COMPARISONS, Memory, app, measure
+from fastdistill.bench.loss_memory import COMPARISONS, DMD, Memory, app, measure
 from typer.testing import CliRunner
 
 
@@ -38,7 +38,16 @@ def test_a_fused_loss_keeps_a_number_per_sample_at_most(comparison):
     assert eager.saved >= size
 
 
-@pytest.mark.parametrize("comparison", COMPARISONS, ids=lambda c: c.name)
+def test_the_dmd_loss_keeps_its_gradient_alone():
+    inputs = DMD.inputs()
+    size = inputs["x"].nbytes
+    fused, eager = measure(DMD.fused, inputs), measure(DMD.eager, inputs)
+    assert fused.saved == size
+    assert fused.peak < 1.01 * size
+    assert eager.peak >= 4 * fused.peak
+
+
+@pytest.mark.parametrize("comparison", [*COMPARISONS, DMD], ids=lambda c: c.name)
 def test_both_sides_of_a_comparison_compute_the_same(comparison):
     inputs = comparison.inputs()
     torch.testing.assert_close(comparison.fused(**inputs), comparison.eager(**inputs), rtol=1e-3, atol=1e-5)
