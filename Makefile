@@ -39,9 +39,12 @@ endif
 demo: $(STAMP)
 	$(PY) -m fastdistill demo --out demo
 
+# Two processes, where pytest-xdist is installed; a file's tests stay together, because they share what they compile.
+PARALLEL = $(shell $(PY) -c "import xdist; print('-n 2 --dist loadfile')" 2>/dev/null)
+
 test: $(STAMP)
-	$(PY) -m pytest
-	TRITON_INTERPRET=1 $(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest $(PARALLEL)
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PY) -m pytest $(PARALLEL)
 
 # Without the tests that build native code.
 test-fast: $(STAMP)

@@ -72,12 +72,12 @@ def _factor(total, elements, v, BOUND: tl.constexpr):
 
 
 @triton.jit
-def _store_gradient(gradient_ptr, partial_ptr, partials, at, index, factor, difference, mask):
-    """g = factor * difference, 0 where that is not finite, and the tile's three sums."""
+def _store_gradient(gradient_ptr, partial_ptr, partials, at, index, factor, difference, scale, mask):
+    """scale * g, g = factor * difference, 0 where that is not finite, and the tile's three sums over g."""
     g = factor * difference
     finite = g - g == 0.0
     g = tl.where(finite & mask, g, 0.0)
-    tl.store(gradient_ptr + at, g, mask=mask)
+    tl.store(gradient_ptr + at, scale * g, mask=mask)
     tl.store(partial_ptr + index, tl.sum(g * g))
     tl.store(partial_ptr + partials + index, tl.sum(tl.abs(g)))
     tl.store(partial_ptr + 2 * partials + index, tl.sum(tl.where(mask & (finite == 0), 1.0, 0.0)))
@@ -109,6 +109,7 @@ def _whole_kernel(
     b,
     b_alpha,
     guidance_scale,
+    scale,
     elements,
     sample_stride,
     partials,
@@ -127,7 +128,9 @@ def _whole_kernel(
     total = _distance(x_ptr, x_t_ptr, sample * x_stride + i, sample * x_t_stride + i, real, u, v, mask)
     normaliser, factor = _factor(total, elements, v, BOUND)
     tl.store(normaliser_ptr + sample, normaliser)
-    _store_gradient(gradient_ptr, partial_ptr, partials, sample * sample_stride + i, sample, factor, difference, mask)
+    _store_gradient(
+        gradient_ptr, partial_ptr, partials, sample * sample_stride + i, sample, factor, difference, scale, mask
+    )
 
 
 @triton.jit(do_not_specialize=RUNTIME_SIZES)
@@ -192,6 +195,7 @@ def _gradient_kernel(
     b,
     b_alpha,
     guidance_scale,
+    scale,
     elements,
     sample_stride,
     tiles,
@@ -218,7 +222,9 @@ def _gradient_kernel(
         tl.store(normaliser_ptr + sample, normaliser)
     real = _real(real_ptr, uncond_ptr, sample * real_stride + i, sample * uncond_stride + i, guidance_scale, mask)
     difference = tl.load(fake_ptr + sample * fake_stride + i, mask=mask, other=0.0).to(tl.float32) - real
-    _store_gradient(gradient_ptr, partial_ptr, partials, sample * sample_stride + i, program, factor, difference, mask)
+    _store_gradient(
+        gradient_ptr, partial_ptr, partials, sample * sample_stride + i, program, factor, difference, scale, mask
+    )
 
 
 @triton.jit(do_not_specialize=RUNTIME_SIZES)
@@ -240,7 +246,7 @@ def _finish_kernel(partial_ptr, loss_ptr, grad_abs_mean_ptr, guarded_ptr, numel,
 def _backward_kernel(grad_loss_ptr, gradient_ptr, grad_x_ptr, numel, BLOCK: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = i < numel
-    factor = tl.load(grad_loss_ptr) / numel
+    factor = tl.load(grad_loss_ptr)
     g = tl.load(gradient_ptr + i, mask=mask, other=0.0)
     tl.store(grad_x_ptr + i, (g * factor).to(grad_x_ptr.dtype.element_ty), mask=mask)
 
@@ -268,6 +274,7 @@ def plan_forward(
     b: float,
     b_alpha: float,
     guidance_scale: float,
+    scale: float,
 ) -> tuple[list[Launch], tuple[torch.Tensor, ...]]:
     samples = x.shape[0]
     elements = x.numel() // samples
@@ -293,6 +300,7 @@ def plan_forward(
         "b": b,
         "b_alpha": b_alpha,
         "guidance_scale": guidance_scale,
+        "scale": scale,
         "gradient_ptr": gradient,
         "normaliser_ptr": normaliser,
         "distance_ptr": workspace[3],
@@ -350,7 +358,8 @@ def dmd_gradient(
         x: (B, ...) with at least one element; all (B, ...) tensors float32, float16 or bfloat16, samples dense and in
             one memory order, any distance apart. x_t None: predictions are of the data.
         others: pred_real, pred_fake, pred_real_uncond or None; alpha, sigma float32 (B,) or () or None, where their
-            values count; the terms of `fastdistill.diffusion.prediction_terms`; the guidance scale.
+            values count; the terms of `fastdistill.diffusion.prediction_terms`; the guidance scale; what the gradient
+            that is returned is multiplied with.
     """
     launches, results = plan_forward(x, x_t, *others)
     run_all(launches, x.device)
@@ -358,7 +367,7 @@ def dmd_gradient(
 
 
 def dmd_gradient_backward(grad_loss: torch.Tensor, gradient: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """`grad_loss / numel * gradient` in `dtype`; grad_loss () and gradient float32, gradient dense."""
+    """`grad_loss * gradient` in `dtype`; grad_loss () and gradient float32, gradient dense."""
     launches, grad_x = plan_backward(grad_loss, gradient, dtype)
     run_all(launches, gradient.device)
     return grad_x
@@ -385,7 +394,7 @@ class Probe:
         x = self._samples_of(self.x_dtype)
         coefficient = None if self.numbers else torch.empty(self.samples, device="meta")
         x_t, uncond = None if self.of_data else x, prediction if self.guided else None
-        numbers = (0.5, 0.5, float(self.of_data), 0.0, float(not self.of_data), 0.0, 3.0)
+        numbers = (0.5, 0.5, float(self.of_data), 0.0, float(not self.of_data), 0.0, 3.0, 1e-5)
         launches, results = plan_forward(x, x_t, prediction, prediction, uncond, coefficient, coefficient, *numbers)
         return launches + plan_backward(results[0], results[1], self.x_dtype)[0]
 

@@ -51,7 +51,7 @@ struct Call {
   Samples x, x_t, real, fake, uncond;
   Terms terms;
   Coefficient alpha, sigma;
-  float guidance_scale;
+  float guidance_scale, scale;
   float *gradient, *normaliser;
 
   const char* at(const Samples& t, int64_t sample, int64_t first) const {
@@ -85,7 +85,7 @@ struct Call {
       std::fill_n(to, n, 0.0f);
       return {0.0f, 0.0f, n};
     }
-    return k.gradient(real_at(sample, first), at(fake, sample, first), factor, to, n);
+    return k.gradient(real_at(sample, first), at(fake, sample, first), factor, scale, to, n);
   }
 
   // A sample after the other: each stays in cache between its two sweeps.
@@ -121,7 +121,8 @@ struct Call {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
     const Tensor& x, std::optional<Tensor> x_t, const Tensor& pred_real, const Tensor& pred_fake,
     std::optional<Tensor> pred_real_uncond, std::optional<Tensor> alpha, std::optional<Tensor> sigma, double alpha_value,
-    double sigma_value, double data, double data_sigma, double noise, double noise_alpha, double guidance_scale) {
+    double sigma_value, double data, double data_sigma, double noise, double noise_alpha, double guidance_scale,
+    double scale) {
   const int64_t samples = x.size(0);
   Tensor gradient = with_large_pages(new_gradient(x));
   Tensor normaliser = new_tensor(x, {samples}, {1}, aoti_torch_dtype_float32());
@@ -142,6 +143,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
                   coefficient(alpha, alpha_value),
                   coefficient(sigma, sigma_value),
                   static_cast<float>(guidance_scale),
+                  static_cast<float>(scale),
                   static_cast<float*>(gradient.mutable_data_ptr()),
                   static_cast<float*>(normaliser.mutable_data_ptr())};
   std::vector<Sums> sums(samples);
@@ -173,7 +175,7 @@ Tensor backward(const Tensor& grad_loss, const Tensor& gradient, ScalarType dtyp
                                                        : aoti_torch_dtype_float32();
   Tensor grad_x = with_large_pages(new_tensor(gradient, sizes, strides, type));
   const int64_t numel = gradient.numel(), bytes = static_cast<int64_t>(grad_x.element_size());
-  const float value = *static_cast<const float*>(grad_loss.const_data_ptr()) / static_cast<float>(numel);
+  const float value = *static_cast<const float*>(grad_loss.const_data_ptr());
   const float factor = value == value ? value : std::numeric_limits<float>::quiet_NaN();  // see round_to_bfloat16
   const float* const g = static_cast<const float*>(gradient.const_data_ptr());
   char* const to = static_cast<char*>(grad_x.mutable_data_ptr());

@@ -75,14 +75,15 @@ inline int64_t sum_of(VecI v) {
 }
 
 template <typename P, bool kGuided>
-DmdGradientSums gradient_guided(Guided<P, kGuided> real, const P* fake, float factor_, float* to, int64_t n) {
-  const Pair factor = broadcast_pair(factor_);
+DmdGradientSums gradient_guided(Guided<P, kGuided> real, const P* fake, float factor_, float scale_, float* to,
+                                int64_t n) {
+  const Pair factor = broadcast_pair(factor_), scale = broadcast_pair(scale_);
   Pair squares = {}, magnitudes = {};
   VecI count = {};
   for_steps(n, [&](int64_t i, auto lanes) {
     const Pair g = factor * (load(fake + i, lanes) - real.at(i, lanes));
     const Pair kept = {guard(g.a, count), guard(g.b, count)};
-    store_floats<P>(to + i, kept, lanes);
+    store_floats<P>(to + i, scale * kept, lanes);
     squares = squares + kept * kept;
     magnitudes = magnitudes + magnitude(kept);
   });
@@ -90,9 +91,9 @@ DmdGradientSums gradient_guided(Guided<P, kGuided> real, const P* fake, float fa
 }
 
 template <typename P>
-DmdGradientSums gradient(GuidedPrediction real, const void* fake, float factor, float* g, int64_t n) {
-  if (real.uncond) return gradient_guided(Guided<P, true>(real), (const P*)fake, factor, g, n);
-  return gradient_guided(Guided<P, false>(real), (const P*)fake, factor, g, n);
+DmdGradientSums gradient(GuidedPrediction real, const void* fake, float factor, float scale, float* to, int64_t n) {
+  if (real.uncond) return gradient_guided(Guided<P, true>(real), (const P*)fake, factor, scale, to, n);
+  return gradient_guided(Guided<P, false>(real), (const P*)fake, factor, scale, to, n);
 }
 
 template <typename X>

@@ -26,10 +26,10 @@ struct DmdGradientSums {
 struct DmdGradientKernels {
   // sum of |x - mu|, mu = from_x_t x_t + from_pred real; x_t may be null
   float (*distance)(const void* x, const void* x_t, GuidedPrediction real, float from_x_t, float from_pred, int64_t n);
-  // g = factor (fake - real), 0 where that is not finite, and sums over it
-  DmdGradientSums (*gradient)(GuidedPrediction real, const void* fake, float factor, float* g, int64_t n);
-  // grad_x = factor g, in x's type
-  void (*backward)(const float* g, float factor, void* grad_x, int64_t n);
+  // Writes scale g, with g = factor (fake - real), 0 where that is not finite; sums are over g.
+  DmdGradientSums (*gradient)(GuidedPrediction real, const void* fake, float factor, float scale, float* to, int64_t n);
+  // grad_x = factor gradient, in x's type
+  void (*backward)(const float* gradient, float factor, void* grad_x, int64_t n);
 };
 
 // Predictions have one type; x and x_t have it too, or are float32.

@@ -39,7 +39,7 @@ struct Problem {
   Samples x, x_t, real, fake, uncond;
   Terms terms;
   Coefficient alpha, sigma;
-  float guidance_scale;
+  float guidance_scale, scale;
   float *loss, *gradient, *normaliser, *grad_abs_mean;
   int64_t* guarded;
   float *distances, *sums;  // (blocks) and (kSums, blocks): a workspace
@@ -111,7 +111,7 @@ __device__ float distance(const Problem& p, const Piece& piece, int64_t i, const
   return total;
 }
 
-// g = factor * difference, 0 where that is not finite. A guarded sample has no finite factor.
+// Stores scale * g, g = factor * difference, 0 where that is not finite. A guarded sample has no finite factor.
 template <int V>
 __device__ void store_gradient(const Problem& p, const Piece& piece, int64_t i, float factor,
                                const float (&difference)[V], float (&sums)[kSums]) {
@@ -124,6 +124,7 @@ __device__ void store_gradient(const Problem& p, const Piece& piece, int64_t i, 
     sums[kSquares] += g[e] * g[e];
     sums[kMagnitudes] += fabsf(g[e]);
     sums[kGuarded] += finite ? 0.0f : 1.0f;
+    g[e] *= p.scale;
   }
   write<V>(p.gradient + piece.sample * p.elements + i, g);
 }
@@ -257,11 +258,11 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(const Problem p) {
   finish(p, shared);
 }
 
-// grad_x = grad_loss / numel * g
+// grad_x = grad_loss * gradient
 template <typename X, int V>
 __global__ void __launch_bounds__(kThreads)
     backward_kernel(const float* grad_loss, const float* gradient, X* grad_x, const int64_t numel) {
-  const float factor = *grad_loss / static_cast<float>(numel);
+  const float factor = *grad_loss;
   const int64_t first = (int64_t{blockIdx.x} * kThreads + threadIdx.x) * V;
   if (first + V <= numel) {
     float g[V];
@@ -332,7 +333,8 @@ void run(Problem p, const Tensor& x, cudaStream_t stream) {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
     const Tensor& x, std::optional<Tensor> x_t, const Tensor& pred_real, const Tensor& pred_fake,
     std::optional<Tensor> pred_real_uncond, std::optional<Tensor> alpha, std::optional<Tensor> sigma, double alpha_value,
-    double sigma_value, double data, double data_sigma, double noise, double noise_alpha, double guidance_scale) {
+    double sigma_value, double data, double data_sigma, double noise, double noise_alpha, double guidance_scale,
+    double scale) {
   const OnDeviceOf device(x);
   const int64_t samples = x.size(0);
   Tensor gradient = new_gradient(x);
@@ -352,6 +354,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
   p.alpha = coefficient(alpha, alpha_value);
   p.sigma = coefficient(sigma, sigma_value);
   p.guidance_scale = static_cast<float>(guidance_scale);
+  p.scale = static_cast<float>(scale);
   p.loss = static_cast<float*>(loss.mutable_data_ptr());
   p.gradient = static_cast<float*>(gradient.mutable_data_ptr());
   p.normaliser = static_cast<float*>(normaliser.mutable_data_ptr());

@@ -30,8 +30,8 @@ def dmd_loss(
 
     Its value is `0.5 * mean(g^2)`, its gradient in x is `g / x.numel()`: neither goes through the rounding of
     `x - (x - g)`. Nothing but x receives a gradient, and it is differentiable once. One op forward and one backward
-    ("triton" launches two or three kernels forward); between them g is kept, in float32. Arithmetic is float32, under
-    autocast too.
+    ("triton" launches two or three kernels forward); between them g / numel is kept, in float32. Arithmetic is float32,
+    under autocast too.
 
     Args:
         x: (B, ...) the student's sample of the data, floating point, any number of further dimensions.
@@ -52,7 +52,7 @@ def dmd_loss(
         ValueError, TypeError, BackendError: as `dmd_gradient`. Epsilon at alpha = 0 raises for floats and CPU tensors;
             a CUDA tensor is not waited for, and such a sample is guarded instead.
     """
-    loss, stats = half_square(
+    return half_square(
         x,
         x_t,
         pred_real,
@@ -62,6 +62,6 @@ def dmd_loss(
         pred_real_uncond=pred_real_uncond,
         guidance_scale=guidance_scale,
         prediction_type=prediction_type,
+        return_stats=return_stats,
         backend=backend,
     )
-    return (loss, stats) if return_stats else loss

@@ -103,18 +103,21 @@ def half_square(
     pred_real_uncond: Tensor | None = None,
     guidance_scale: float = 1.0,
     prediction_type: str = "epsilon",
+    return_stats: bool = False,
     backend: str | None = None,
-) -> tuple[Tensor, DMDStats]:
-    """(loss, stats): what `fastdistill.losses.dmd_loss` returns with `return_stats=True`, and its arguments."""
+) -> Tensor | tuple[Tensor, DMDStats]:
+    """What `fastdistill.losses.dmd_loss` returns, and its arguments."""
     _check(x, x_t, pred_real, pred_fake, alpha, sigma, pred_real_uncond, guidance_scale, prediction_type)
     inputs = (x, x_t, pred_real, pred_fake, alpha, sigma, pred_real_uncond, guidance_scale, prediction_type)
     chosen = _dispatch.select(OP, backend, *inputs)
     if torch.is_grad_enabled() and x.requires_grad:
-        loss, *stats = _HalfSquare.apply(chosen, *inputs)
+        if not return_stats:
+            return _HalfSquare.apply(chosen, False, *inputs)  # every result that is not made here saves a microsecond
+        loss, *stats = _HalfSquare.apply(chosen, True, *inputs)
     else:
         with torch.no_grad():
             loss, _, *stats = _run(chosen, *inputs)
-    return loss, _stats(*stats)
+    return (loss, _stats(*stats)) if return_stats else loss
 
 
 def reference(
@@ -152,8 +155,8 @@ def reference(
 
 
 def reference_backward(grad_loss: Tensor, gradient: Tensor, dtype: torch.dtype) -> Tensor:
-    """dL/dx in x's dtype from dL/dloss in plain PyTorch."""
-    return (grad_loss * gradient / max(gradient.numel(), 1)).to(dtype)
+    """dL/dx in x's dtype from dL/dloss and dloss/dx in plain PyTorch."""
+    return (grad_loss * gradient).to(dtype)
 
 
 def _run(
@@ -167,9 +170,15 @@ def _run(
     pred_real_uncond: Tensor | None = None,
     guidance_scale: float = 1.0,
     prediction_type: str = "epsilon",
+    *,
+    scale: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What `reference` returns, the gradient multiplied with `scale`."""
     if chosen == _dispatch.REFERENCE or x.numel() == 0:
-        return reference(x, x_t, pred_real, pred_fake, alpha, sigma, pred_real_uncond, guidance_scale, prediction_type)
+        loss, gradient, *stats = reference(
+            x, x_t, pred_real, pred_fake, alpha, sigma, pred_real_uncond, guidance_scale, prediction_type
+        )
+        return loss, gradient * scale, *stats
     if prediction_type == "sample":
         x_t, alpha, sigma = None, 1.0, 0.0  # not needed, and so not read
     return _forward(chosen)(
@@ -181,6 +190,7 @@ def _run(
         *_coefficients(alpha, sigma),
         *diffusion.prediction_terms(prediction_type),
         guidance_scale,
+        scale,
     )
 
 
@@ -247,22 +257,10 @@ def _kernel_reasons(
 ) -> list[str]:
     """What no kernel serves, whoever wrote it."""
     predictions = (pred_real, pred_fake) if pred_real_uncond is None else (pred_real, pred_fake, pred_real_uncond)
-    reasons = []
-    dtype = pred_real.dtype
-    found = {t.dtype for t in (x, x_t, *predictions)}
-    if torch.float64 in found:
-        reasons.append("float64 is served by the reference alone")
-    elif not (
-        found <= _SERVED
-        and all(t.dtype == dtype for t in predictions)
-        and all(t.dtype in (dtype, torch.float32) for t in (x, x_t))
-    ):
-        names = ", ".join(sorted(str(t)[6:] for t in found))
-        reasons.append(
-            "needs predictions of one dtype (float32, float16 or bfloat16), and x and x_t in it or in float32; "
-            f"got {names}"
-        )
-    tensors = (x, x_t, *predictions)
+    tensors, dtype, reasons = (x, x_t, *predictions), pred_real.dtype, []
+    # The usual call first, without making sets: a small latent is computed in the time of a few Python statements.
+    if dtype not in _SERVED or any(t.dtype is not dtype for t in tensors):
+        reasons += _dtype_reasons(x, x_t, predictions)
     if not all(t.is_contiguous() for t in tensors) and not samples_in_step(*tensors):
         strides = ", ".join(str(tuple(t.stride())) for t in tensors)
         reasons.append(f"strides {strides}: needs dense samples in one memory order, not overlapping")
@@ -277,14 +275,27 @@ def _kernel_reasons(
 _SERVED = set(_kernels.DTYPES)
 
 
+def _dtype_reasons(x: Tensor, x_t: Tensor, predictions: tuple[Tensor, ...]) -> list[str]:
+    dtype, found = predictions[0].dtype, {t.dtype for t in (x, x_t, *predictions)}
+    if torch.float64 in found:
+        return ["float64 is served by the reference alone"]
+    of_one = all(t.dtype == dtype for t in predictions) and all(t.dtype in (dtype, torch.float32) for t in (x, x_t))
+    if found <= _SERVED and of_one:
+        return []
+    names = ", ".join(sorted(str(t)[6:] for t in found))
+    return [
+        f"needs predictions of one dtype (float32, float16 or bfloat16), and x and x_t in it or in float32; got {names}"
+    ]
+
+
 # ---- the registered ops: one overload per backend -------------------------------------------------------------------
 
 # x_t: None where the predictions are of the data. alpha, sigma: float32, () or (B,); None where the number is meant.
-# a … b_alpha: `fastdistill.diffusion.prediction_terms`.
+# a … b_alpha: `fastdistill.diffusion.prediction_terms`. scale: of the gradient that is returned, which no sum contains.
 _FORWARD = (
     "(Tensor x, Tensor? x_t, Tensor pred_real, Tensor pred_fake, Tensor? pred_real_uncond, Tensor? alpha, "
     "Tensor? sigma, float alpha_value, float sigma_value, float a, float a_sigma, float b, float b_alpha, "
-    "float guidance_scale) "
+    "float guidance_scale, float scale) "
     "-> (Tensor loss, Tensor gradient, Tensor normaliser, Tensor grad_abs_mean, Tensor guarded)"
 )
 _BACKWARD = "(Tensor grad_loss, Tensor gradient, ScalarType dtype) -> Tensor"
@@ -331,15 +342,17 @@ def _backward(backend: str):
 class _HalfSquare(torch.autograd.Function):
     """Value `0.5 * mean(g^2)`, gradient in x `g / numel`: half the squared distance from x to the constant x - g.
 
-    g is kept in float32 whatever x is: g / numel of a latent underflows in float16, and g itself can overflow there.
+    g / numel is kept in float32 whatever x is: of a latent it underflows in float16, and g itself can overflow there.
     """
 
     @staticmethod
-    def forward(ctx, chosen, x, *inputs):
-        loss, gradient, *stats = _run(chosen, x, *inputs)
+    def forward(ctx, chosen, return_stats, x, *inputs):
+        loss, gradient, *stats = _run(chosen, x, *inputs, scale=1 / max(x.numel(), 1))
         ctx.save_for_backward(gradient)
         ctx.backend = _dispatch.REFERENCE if x.numel() == 0 else chosen
         ctx.dtype = x.dtype
+        if not return_stats:
+            return loss
         ctx.mark_non_differentiable(*stats)
         ctx.set_materialize_grads(False)
         return loss, *stats
@@ -349,10 +362,19 @@ class _HalfSquare(torch.autograd.Function):
     def backward(ctx, grad_loss, *_):
         others = (None,) * 8
         if grad_loss is None:
-            return None, None, *others
+            return None, None, None, *others
         (gradient,) = ctx.saved_tensors
+        if _is_one(grad_loss) and gradient.dtype == ctx.dtype:
+            return None, None, gradient, *others
         backward = reference_backward if ctx.backend == _dispatch.REFERENCE else _backward(ctx.backend)
-        return None, backward(grad_loss, gradient, ctx.dtype), *others
+        return None, None, backward(grad_loss, gradient, ctx.dtype), *others
+
+
+def _is_one(grad_loss: Tensor) -> bool:
+    """Whether it can be read without waiting and is 1, as it is where `backward()` is called of the loss itself."""
+    if type(grad_loss) is not Tensor or grad_loss.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return grad_loss.tolist() == 1  # without a dispatch
 
 
 OP = _dispatch.register(_dispatch.Op("dmd_gradient", _check, _kernels.backends(_kernel_reasons)))

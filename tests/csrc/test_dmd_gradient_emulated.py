@@ -38,12 +38,12 @@ def make(shape, dtype=torch.float32, x=None, x_t=None, **memory):
 def run(emulator, inputs, device=LARGE, prediction_type="epsilon", seed=0):
     """The op's results and the gradient of x; what is allocated is full of NaN before."""
     x, x_t, real, fake, uncond, alpha, sigma = inputs
-    arguments = (*_coefficients(alpha, sigma), *diffusion.prediction_terms(prediction_type), 3.0)
+    arguments = (*_coefficients(alpha, sigma), *diffusion.prediction_terms(prediction_type), 3.0, 0.25)
     with emulator.on(device, seed):
         results = torch.ops.fastdistill.dmd_gradient.cuda(x, x_t, real, fake, uncond, *arguments)
-        grad_loss = torch.tensor(0.7 * x.numel())
-        grad_x = torch.ops.fastdistill.dmd_gradient_backward.cuda(grad_loss, results[1], x.dtype)
-    return dict(zip(RESULTS, results), grad_x=grad_x)
+        # The gradient comes multiplied by a scale, 1/4 here.
+        grad_x = torch.ops.fastdistill.dmd_gradient_backward.cuda(torch.tensor(4 * 0.7), results[1], x.dtype)
+    return dict(zip(RESULTS, results), gradient=4 * results[1], grad_x=grad_x)
 
 
 def check(emulator, inputs, device=LARGE, prediction_type="epsilon"):

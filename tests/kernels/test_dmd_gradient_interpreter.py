@@ -36,14 +36,15 @@ def test_every_result_is_written_and_nothing_beside_the_samples_is_read(tiles, s
     fake[0, -1] = float("inf")
     alpha, sigma = torch.rand(2, shape[0]) + 0.1
     terms = diffusion.prediction_terms("v_prediction")
-    launches, results = op.plan_forward(x, x_t, real, fake, uncond, alpha, sigma, 0.0, 0.0, *terms, 3.0)
+    launches, results = op.plan_forward(x, x_t, real, fake, uncond, alpha, sigma, 0.0, 0.0, *terms, 3.0, 0.25)
     for result in results:
         result.fill_(float("nan") if result.is_floating_point() else -1)
     run_all(launches, x.device)
     expected = reference(x, x_t, real, fake, alpha, sigma, uncond, 3.0, "v_prediction")
+    expected = (expected[0], 0.25 * expected[1], *expected[2:])
     for ours, theirs in zip(results, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     launches, grad_x = op.plan_backward(torch.tensor(2.0), results[1], torch.float32)
     grad_x.fill_(float("nan"))
     run_all(launches, x.device)
-    torch.testing.assert_close(grad_x, 2.0 * results[1] / x.numel())
+    torch.testing.assert_close(grad_x, 2.0 * results[1])

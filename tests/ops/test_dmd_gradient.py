@@ -347,7 +347,7 @@ def test_the_reference_passes_gradcheck_against_the_constant_target():
 
         @staticmethod
         def backward(ctx, grad_loss):
-            return reference_backward(grad_loss, ctx.saved_tensors[0], torch.float64)
+            return reference_backward(grad_loss, ctx.saved_tensors[0] / 24, torch.float64)
 
     assert torch.autograd.gradcheck(Moved.apply, (x,))
 
@@ -411,7 +411,7 @@ def test_forward_and_backward_dispatch_one_op_each_where_a_plain_loop_dispatches
     inputs = make((2, 4, 8, 8), WIDE, device)
     inputs["x"].requires_grad_()
     call(dmd_loss, inputs, backend=backend)  # loads the library
-    seed = torch.ones((), device=device)
+    seed = torch.full((), 0.5, device=device)
     counts = []
     for function in (lambda: call(dmd_loss, inputs, backend=backend), lambda: call(by_hand, inputs)):
         with Dispatched() as mode:
@@ -422,12 +422,34 @@ def test_forward_and_backward_dispatch_one_op_each_where_a_plain_loop_dispatches
     assert len(counts[1]) > 20
 
 
-def raw_arguments(inputs, prediction_type="epsilon"):
+def test_on_a_cpu_the_loss_s_own_backward_hands_over_the_gradient_that_is_there():
+    inputs = make((2, 4, 8, 8), WIDE, "cpu")
+    inputs["x"].requires_grad_()
+    loss = call(dmd_loss, inputs, backend="cpu")
+    with Dispatched() as mode:
+        (first,) = torch.autograd.grad(loss, inputs["x"], retain_graph=True)
+    assert not mode.ops or mode.ops == ["aten.ones_like.default"]
+    (half,) = torch.autograd.grad(loss / 2, inputs["x"], retain_graph=True)
+    torch.testing.assert_close(half, first / 2)
+    # What is handed over twice is added to in no place that the other sees.
+    again = call(dmd_loss, inputs, backend="cpu")
+    (again + again * 1.0).backward()
+    torch.testing.assert_close(inputs["x"].grad, 2 * first)
+    kept = first.clone()
+    inputs["x"].grad = None
+    loss.backward(retain_graph=True)
+    loss.backward()
+    torch.testing.assert_close(inputs["x"].grad, 2 * kept)
+    assert torch.equal(first, kept)
+
+
+def raw_arguments(inputs, prediction_type="epsilon", scale=1.0):
     return (
         *(inputs[name] for name in NAMES),
         *_coefficients(inputs["alpha"], inputs["sigma"]),
         *diffusion.prediction_terms(prediction_type),
         3.0,
+        scale,
     )
 
 
@@ -447,7 +469,8 @@ def test_raw_ops_pass_opcheck(backend, device, view):
 @on_every_kernel
 def test_the_raw_op_returns_what_the_reference_does(backend, device):
     inputs = make((3, 4, 6, 6), WIDE, device)
-    ours = _forward(backend)(*raw_arguments(inputs))
+    loss, gradient, *stats = _forward(backend)(*raw_arguments(inputs, scale=0.25))
+    ours = (loss, 4 * gradient, *stats)  # the scale is the gradient's alone
     names = ("x", "x_t", "pred_real", "pred_fake", "alpha", "sigma", "pred_real_uncond")
     for a, b in zip(ours, reference(*(inputs[name] for name in names), 3.0), strict=True):
         assert a.dtype == b.dtype
