@@ -66,6 +66,19 @@ for op in map(load, OPS):
                 MODES["full"](provider.prepare(inputs), inputs).tensors()
                 torch.cuda.synchronize()
                 print(op.op, case.name, dtype, layout, flush=True)
+
+from fastdistill.optim import FusedAdamW
+for dtype in (torch.float32, torch.bfloat16):
+    for state_bits in (32, 8):
+        params = [torch.nn.Parameter(torch.randn(shape, device="cuda", dtype=dtype)) for shape in ((70, 67), (3,), ())]
+        ema = [p.detach().float().clone() for p in params]
+        optimizer = FusedAdamW(params, max_grad_norm=1.0, ema=ema, state_bits=state_bits, backend="cuda")
+        for _ in range(2):
+            for p in params:
+                p.grad = torch.randn_like(p)
+            optimizer.step()
+        torch.cuda.synchronize()
+        print("adamw", dtype, state_bits, flush=True)
 """
 
 VERSIONS = """
@@ -183,6 +196,11 @@ def bench(logs: Path, limit: float, place: Path) -> Step:
     )
     if listed.code != 0:
         return Step("bench", True, listed.seconds, [f"fastdistill.bench cannot be imported: {listed.outcome()}"])
+    adamw = execute(
+        [sys.executable, "-m", "fastdistill.bench.adamw", "--device", "cuda"], logs / "bench-adamw.log", 120
+    )
+    step.lines.append(f"bench adamw: {adamw.outcome()} in {adamw.seconds:.0f} s; its table is in logs.tar")
+    step.failed |= adamw.code != 0
     work = [["engine", "training"], *([op] for op in listed.text.split())]
     for position, ops in enumerate(work):
         seconds = (limit - (time.monotonic() - start)) / (len(work) - position)
