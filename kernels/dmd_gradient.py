@@ -77,10 +77,10 @@ def _store_gradient(gradient_ptr, partial_ptr, partials, at, index, factor, diff
     g = factor * difference
     finite = g - g == 0.0
     g = tl.where(finite & mask, g, 0.0)
-    tl.store(gradient_ptr + at, scale * g, mask=mask)
     tl.store(partial_ptr + index, tl.sum(g * g))
     tl.store(partial_ptr + partials + index, tl.sum(tl.abs(g)))
     tl.store(partial_ptr + 2 * partials + index, tl.sum(tl.where(mask & (finite == 0), 1.0, 0.0)))
+    tl.store(gradient_ptr + at, scale * g, mask=mask)
 
 
 @triton.jit(do_not_specialize=RUNTIME_SIZES)
