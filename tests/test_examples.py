@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+pytestmark = pytest.mark.compiler  # they stand in the sources
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 
