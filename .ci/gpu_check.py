@@ -78,7 +78,7 @@ for dtype in (torch.float32, torch.bfloat16):
                 p.grad = torch.randn_like(p)
             optimizer.step()
         torch.cuda.synchronize()
-        print("adamw", dtype, state_bits, flush=True)
+        print("adamw", f"{state_bits}-bit", dtype, "dense", flush=True)
 """
 
 VERSIONS = """

@@ -125,6 +125,9 @@ def test_what_is_sanitized_calls_every_op_in_every_layout_on_odd_sizes_too(gpu_c
             (layout, dtype) for layout in op.layouts for dtype in ("torch.float32", "torch.bfloat16")
         }
         assert {shape for name, shape, _, _ in calls if name == op.op} - {case.name for case in op.cases}
+    assert {(bits, dtype) for name, bits, dtype, _ in calls if name == "adamw"} == {
+        (bits, dtype) for bits in ("32-bit", "8-bit") for dtype in ("torch.float32", "torch.bfloat16")
+    }
 
 
 def test_the_providers_it_asks_for_exist(gpu_check):
