@@ -9,9 +9,19 @@ from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
-from fastdistill.training import DMD, DMDConfig, Draws, PromptData, Trainer
+from fastdistill.training import (
+    DMD,
+    Condition,
+    DMDConfig,
+    Draws,
+    PromptData,
+    RoleConfig,
+    Teacher,
+    Trainer,
+    TrainerConfig,
+)
+from fastdistill.training.config import role_configs
 from fastdistill.training.contract import nudged
-from fastdistill.training.pipelines import encode_prompts
 from torch import Tensor, nn
 
 from fastdistill import diffusion
@@ -30,15 +40,9 @@ MODEL = "digits-teacher"
 BASELINE = "torch"
 _BATCH = 16
 _LEARNING_RATE = 1e-6  # the networks stay where they are while they are timed
+_ROLE = RoleConfig(_LEARNING_RATE, beta1=0.0)
 _CONFIG = DMDConfig(
-    batch_size=_BATCH,
-    critic_ratio=1,
-    learning_rate=_LEARNING_RATE,
-    critic_learning_rate=_LEARNING_RATE,
-    warm_up=0,
-    decay=0.0,
-    regression_weight=0.0,
-    pairs=0,
+    TrainerConfig(batch_size=_BATCH), student=_ROLE, fake_score=_ROLE, critic_ratio=1, regression_weight=0.0
 )
 
 Losses = dict[str, Tensor]
@@ -74,7 +78,7 @@ def _ours(device: str) -> Callable[[], Losses]:
     teacher.to(memory_format=torch.channels_last)  # as `fastdistill.training.distill` does
     dmd = DMD(teacher, schedule, "v_prediction", _CONFIG)
     _nudge(dmd.fake_score)
-    trainer = Trainer(dmd, PromptData(condition, _sample_shape(teacher)), _CONFIG.trainer, _CONFIG.roles)
+    trainer = Trainer(dmd, PromptData(condition, _sample_shape(teacher)), _CONFIG.trainer, role_configs(_CONFIG))
 
     def update() -> Losses:
         trainer.iterate()
@@ -89,7 +93,7 @@ def _plain(device: str, dtype: torch.dtype) -> Callable[[], Losses]:
     student, fake_score = copy.deepcopy(teacher), copy.deepcopy(teacher)
     _nudge(fake_score)
     teacher.requires_grad_(False)
-    settings = {"lr": _LEARNING_RATE, "betas": (_CONFIG.beta1, _CONFIG.beta2), "weight_decay": _CONFIG.weight_decay}
+    settings = {"lr": _LEARNING_RATE, "betas": (_ROLE.beta1, _ROLE.beta2), "weight_decay": _ROLE.weight_decay}
     optimizers = [torch.optim.AdamW(network.parameters(), **settings) for network in (student, fake_score)]
     average = [p.detach().clone() for p in student.parameters()]
     steps = len(schedule)
@@ -107,38 +111,38 @@ def _plain(device: str, dtype: torch.dtype) -> Callable[[], Losses]:
     def apply(network: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(network.parameters(), _CONFIG.max_grad_norm)
+        torch.nn.utils.clip_grad_norm_(network.parameters(), _ROLE.max_grad_norm)
         optimizer.step()
 
     def update() -> Losses:
         # The numbers that the trainer draws in this iteration.
-        draws = Draws(_CONFIG.seed, next(iterations), 0, batch_size=_BATCH, device=device)
+        draws = Draws(_CONFIG.trainer.seed, next(iterations), 0, batch_size=_BATCH, device=device)
         noise, condition = data.batch(0, draws.fork("data")).values()
         last = torch.full((len(noise),), steps - 1, device=noise.device)
         alpha, sigma = (value.to(noise) for value in schedule.at(steps - 1))
-        x = alpha * noise - sigma * student(noise, last, condition).sample
+        x = alpha * noise - sigma * student(noise, last, condition.states).sample
         with torch.no_grad():
             x_t, t, alpha, sigma, _ = diffuse(x, low, high, draws.fork("student"))
-            real = alpha * x_t - sigma * teacher(x_t, t, condition).sample
-            fake = alpha * x_t - sigma * fake_score(x_t, t, condition).sample
+            real = alpha * x_t - sigma * teacher(x_t, t, condition.states).sample
+            fake = alpha * x_t - sigma * fake_score(x_t, t, condition.states).sample
             gradient = (fake - real) / (x - real).abs().mean(dim=(1, 2, 3), keepdim=True)
         loss = 0.5 * F.mse_loss(x, (x - gradient).detach())
         apply(student, optimizers[0], loss)
         with torch.no_grad():
-            torch._foreach_lerp_(average, list(student.parameters()), 1 - _CONFIG.ema_decay)
+            torch._foreach_lerp_(average, list(student.parameters()), 1 - _CONFIG.trainer.ema_decay)
 
         x_t, t, alpha, sigma, noise = diffuse(x.detach(), 0, steps, draws.fork("fake_score"))
-        fake_loss = F.mse_loss(fake_score(x_t, t, condition).sample, alpha * noise - sigma * x.detach())
+        fake_loss = F.mse_loss(fake_score(x_t, t, condition.states).sample, alpha * noise - sigma * x.detach())
         apply(fake_score, optimizers[1], fake_loss)
         return {"dmd": loss.detach(), "fake_score": fake_loss.detach()}
 
     return update
 
 
-def _teacher(device: str, dtype: torch.dtype) -> tuple[nn.Module, Schedule, Tensor]:
+def _teacher(device: str, dtype: torch.dtype) -> tuple[nn.Module, Schedule, Condition]:
     """The UNet, its schedule, and the conditions of a batch of prompts."""
     pipeline = load_pipeline(MODEL, dtype=torch.float32).to(device)
-    condition = encode_prompts(pipeline, ["a handwritten seven"] * _BATCH).to(dtype)
+    condition = Teacher(pipeline).encode(["a handwritten seven"] * _BATCH).to(dtype)
     schedule = diffusion.from_scheduler(pipeline.scheduler).to(torch.device(device))
     return nn.Module.to(pipeline.unet, dtype), schedule, condition  # diffusers' own `to` warns, here for nothing
 

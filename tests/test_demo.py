@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from fastdistill.training import TrainingProgress
+from fastdistill.training.settings import changed
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -172,7 +173,7 @@ def test_only_the_time_after_the_first_update_counts(monkeypatch):
 
     def fake(teacher, prompts, config, *, callback, device):
         for update, seconds in enumerate((1.0, 2.0, 3.5), start=1):
-            ended.append(callback(TrainingProgress(update, config.iterations, seconds, {}, {}, {}, None)))
+            ended.append(callback(TrainingProgress("dmd", update, config.trainer.updates, seconds, {}, {}, {}, None)))
         raise StopIteration
 
     monkeypatch.setattr(live, "distill", fake)
@@ -221,7 +222,7 @@ def test_figures_have_two_or_three_digits(value, text):
 def trained_run():
     calls = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(live, "LIVE", dataclasses.replace(live.LIVE, batch_size=4, pairs=8, pair_steps=2))
+        patch.setattr(live, "LIVE", changed(live.LIVE, trainer={"batch_size": 4}, pairs=8, pair_steps=2))
         result = demo.run(
             teacher_steps=2,
             images=100,
@@ -400,6 +401,6 @@ def test_ctrl_c_in_the_middle_writes_nothing(run, monkeypatch, tmp_path):
 
 
 def test_the_live_configuration_is_a_valid_one_that_only_the_clock_ends():
-    assert live.LIVE.iterations > 10**6
-    assert live.LIVE.decay == 0
-    assert live.LIVE.report_every == 1
+    assert live.LIVE.trainer.updates > 10**6
+    assert live.LIVE.student.decay == 0
+    assert live.LIVE.trainer.report_every == 1

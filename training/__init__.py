@@ -1,32 +1,42 @@
 """Distillation of diffusion teachers into one-step students."""
 
 from .checkpoint import CheckpointError
+from .condition import Condition
 from .config import RoleConfig, TrainerConfig
 from .contract import GradientContractError, check_gradient_contract
-from .data import PromptData
+from .data import Data, LatentData, PromptData
 from .distill import Distilled, distill
 from .dmd import DMD, DMDConfig
 from .draws import Draws
 from .method import Losses, Method, Step, Turn
 from .pairs import Pairs, make_pairs
 from .pipelines import TeacherError
+from .recipe import MethodConfig, Setup, Stage
+from .teacher import Teacher
 from .trainer import Diverged, Run, Trainer, TrainingProgress
 
 __all__ = [
     "DMD",
     "CheckpointError",
+    "Condition",
     "DMDConfig",
+    "Data",
     "Distilled",
     "Diverged",
     "Draws",
     "GradientContractError",
+    "LatentData",
     "Losses",
     "Method",
+    "MethodConfig",
     "Pairs",
     "PromptData",
     "RoleConfig",
     "Run",
+    "Setup",
+    "Stage",
     "Step",
+    "Teacher",
     "TeacherError",
     "Trainer",
     "TrainerConfig",

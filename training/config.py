@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -72,3 +73,9 @@ class RoleConfig:
 def require(name: str, value: float, holds: bool, needed: str) -> None:
     if not holds:
         raise ValueError(f"{name} must be {needed}; got {value}")
+
+
+def role_configs(config: Any) -> dict[str, RoleConfig]:
+    """The fields of a method's configuration that are `RoleConfig`s, by the names of the roles."""
+    values = {field.name: getattr(config, field.name) for field in fields(config)}
+    return {name: value for name, value in values.items() if isinstance(value, RoleConfig)}

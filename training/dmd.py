@@ -8,9 +8,10 @@ moves along the difference of the two.
 from __future__ import annotations
 
 import copy
+from collections.abc import Generator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -20,11 +21,15 @@ from fastdistill import diffusion
 from fastdistill.diffusion import Schedule
 from fastdistill.losses import DMDStats, denoising_loss, dmd_loss
 
-from .config import RoleConfig, TrainerConfig, require
+from .condition import Condition
+from .config import RoleConfig, TrainerConfig, require, role_configs
 from .contract import nudged
+from .data import PromptData
 from .draws import Draws
 from .method import Losses, Method, Step, Turn
 from .networks import conversion_point, predict, predict_guided
+from .pairs import make_pairs
+from .recipe import Setup, Stage
 
 
 @dataclass(frozen=True)
@@ -32,51 +37,33 @@ class DMDConfig:
     """Everything a run depends on beside its teacher and its prompts.
 
     Attributes:
-        iterations: updates of the student. The fake score is updated `critic_ratio` times as often.
-        batch_size: samples per update, of either role.
-        student_timestep: where the one step starts, with unit noise as input; None is the schedule's last.
+        trainer: of the loop; its `updates` are the student's.
+        student, fake_score: of their optimisers. No momentum by default: the gradient chases a moving target.
         critic_ratio: fake-score updates per student update (TTUR). A fake score that lags behind describes where the
             student was: a trial at ratio 1 with guidance 1.5, on 8x8 pixels, collapsed.
-        learning_rate, critic_learning_rate: of AdamW, student and fake score.
-        beta1, beta2, weight_decay: of both AdamWs. No momentum by default: the gradient chases a moving target.
-        warm_up: updates of each role over which its learning rate rises from 0.
-        decay: share of the run, at its end, over which both learning rates fall to 0.
-        max_grad_norm: gradients are clipped to this global norm.
+        student_timestep: where the one step starts, with unit noise as input; None is the schedule's last.
         guidance_scale: classifier-free guidance of the teacher, 1 for none. The fake score is never guided.
         min_timestep, max_timestep: range of the timesteps at which the distributions are compared, as shares of T.
         regression_weight: of the mean squared error to the ends of the teacher's ODE, 0 to leave it out.
         pairs, pair_steps: how many noises the ODE is solved for, and in how many DDIM steps.
-        ema_decay: of the average of the student's weights that is delivered, 0 to deliver the weights themselves.
-        seed: of everything random. The same seed gives the same bytes on the same machine and number of threads.
-        report_every: student updates between two calls of the callback.
-        checkpoint_every: student updates between two checkpoints, where a folder for them is given.
     """
 
-    iterations: int = 300
-    batch_size: int = 64
-    student_timestep: int | None = None
+    method: ClassVar[str] = "dmd"
+
+    trainer: TrainerConfig = TrainerConfig(updates=300, batch_size=64, ema_decay=0.98, checkpoint_every=50)
+    student: RoleConfig = RoleConfig(2e-4, beta1=0.0, warm_up=20, decay=0.5)
+    fake_score: RoleConfig = RoleConfig(4e-4, beta1=0.0, warm_up=20, decay=0.5)
     critic_ratio: int = 3
-    learning_rate: float = 2e-4
-    critic_learning_rate: float = 4e-4
-    beta1: float = 0.0
-    beta2: float = 0.999
-    weight_decay: float = 0.01
-    warm_up: int = 20
-    decay: float = 0.5
-    max_grad_norm: float = 10.0
+    student_timestep: int | None = None
     guidance_scale: float = 1.0
     min_timestep: float = 0.02
     max_timestep: float = 0.98
     regression_weight: float = 0.5
     pairs: int = 2000
     pair_steps: int = 25
-    ema_decay: float = 0.98
-    seed: int = 0
-    report_every: int = 10
-    checkpoint_every: int = 50
 
-    def __post_init__(self):
-        for name in ("iterations", "critic_ratio", "pair_steps"):
+    def __post_init__(self) -> None:
+        for name in ("critic_ratio", "pair_steps"):
             require(name, getattr(self, name), getattr(self, name) >= 1, "1 or more")
         for name in ("guidance_scale", "regression_weight", "pairs"):
             require(name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
@@ -84,32 +71,28 @@ class DMDConfig:
         require("max_timestep", self.max_timestep, self.max_timestep < 1, "below 1")
         if self.regression_weight > 0 and self.pairs == 0:
             raise ValueError("regression_weight above 0 needs pairs; got pairs = 0")
-        require("critic_learning_rate", self.critic_learning_rate, self.critic_learning_rate > 0, "more than 0")
-        self.trainer, self.roles  # noqa: B018  they check what is theirs
 
-    @property
-    def trainer(self) -> TrainerConfig:
-        """Of the loop."""
-        return TrainerConfig(
-            updates=self.iterations,
-            batch_size=self.batch_size,
-            ema_decay=self.ema_decay,
-            seed=self.seed,
-            report_every=self.report_every,
-            checkpoint_every=self.checkpoint_every,
-        )
-
-    @property
-    def roles(self) -> dict[str, RoleConfig]:
-        """Of each role that trains."""
-        shared = {
-            name: getattr(self, name)
-            for name in ("beta1", "beta2", "weight_decay", "warm_up", "decay", "max_grad_norm")
-        }
-        return {
-            "student": RoleConfig(self.learning_rate, **shared),
-            "fake_score": RoleConfig(self.critic_learning_rate, **shared),
-        }
+    def stages(self, setup: Setup) -> Generator[Stage, nn.Module, None]:
+        """One: the student from unit noise, its fake score beside it, and pairs for the regression term."""
+        teacher = setup.teacher
+        unconditional = teacher.unconditional if self.guidance_scale != 1 else None
+        method = DMD(teacher.unet, teacher.schedule, teacher.prediction_type, self, unconditional)
+        pairs = None
+        if self.regression_weight > 0:
+            pairs = make_pairs(
+                teacher.unet,
+                setup.conditions,
+                teacher.schedule,
+                teacher.prediction_type,
+                count=self.pairs,
+                sample_shape=teacher.sample_shape,
+                steps=self.pair_steps,
+                guidance_scale=self.guidance_scale,
+                unconditional=unconditional,
+                seed=self.trainer.seed + 1,  # the loop's own noises are drawn from its seed
+            )
+        data = PromptData(setup.conditions, teacher.sample_shape, pairs)
+        yield Stage("dmd", method, data, self.trainer, role_configs(self))
 
 
 class DMD(Method):
@@ -117,14 +100,14 @@ class DMD(Method):
 
     Networks are called as diffusers' UNets: `network(x_t, t, encoder_hidden_states=condition, return_dict=False)[0]`.
 
-    Each batch is a `noise` (B, …) with its `condition` (B, L, D), and for the regression term a `pair_noise`, its
-    `pair_sample` and its `pair_condition`.
+    Each batch is a `noise` with its `condition`, and for the regression term a `pair_noise`, its `pair_sample` and its
+    `pair_condition` (`fastdistill.training.Data`).
 
     Args:
         teacher: frozen here; student and fake score start as copies of it.
         schedule, prediction_type: the teacher's, and with it everybody's.
         config: see `DMDConfig`.
-        unconditional: (1, L, D), the condition of the empty prompt; needed for guidance.
+        unconditional: of the empty prompt; needed for guidance.
     """
 
     name = "dmd"
@@ -135,7 +118,7 @@ class DMD(Method):
         schedule: Schedule,
         prediction_type: str,
         config: DMDConfig,
-        unconditional: Tensor | None = None,
+        unconditional: Condition | None = None,
     ):
         last = len(schedule) - 1
         start = last if config.student_timestep is None else config.student_timestep
@@ -164,8 +147,8 @@ class DMD(Method):
     def facts(self) -> dict[str, Any]:
         return {"prediction_type": self.prediction_type, "student_timestep": self.start}
 
-    def generate(self, noise: Tensor, condition: Tensor) -> Tensor:
-        """The student's one step: noise (B, ...) and condition (B, L, D) to a sample of the data (B, ...)."""
+    def generate(self, noise: Tensor, condition: Condition) -> Tensor:
+        """The student's one step: noise (B, ...) and its condition to a sample of the data (B, ...)."""
         t = torch.full((len(noise),), self.start, device=noise.device)
         pred = predict(self.student, noise, t, condition)
         return diffusion.to_data(pred, noise, *self.start_point, self.prediction_type)
@@ -184,7 +167,7 @@ class DMD(Method):
             terms["regression"] = self.config.regression_weight * F.mse_loss(carried, batch["pair_sample"])
         return Losses(terms, {"guarded": stats.guarded / x.numel()})
 
-    def distribution_loss(self, x: Tensor, condition: Tensor, draws: Draws) -> tuple[Tensor, DMDStats]:
+    def distribution_loss(self, x: Tensor, condition: Condition, draws: Draws) -> tuple[Tensor, DMDStats]:
         """The student's loss on its samples x (B, ...): everything but x is without gradient."""
         lowest = int(self.config.min_timestep * len(self.schedule))
         highest = int(self.config.max_timestep * len(self.schedule))

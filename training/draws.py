@@ -58,6 +58,10 @@ class Draws:
         """One integer in low … high - 1 for the whole batch of all processes."""
         return int(torch.randint(low, high, (), generator=self._generator))
 
+    def first_of(self, first: int) -> int:
+        """The place of this process's first sample, where the whole batch begins at `first`."""
+        return first + self._rank * self.batch_size
+
     @property
     def _samples(self) -> int:
         return self.batch_size * self._world

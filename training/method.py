@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .draws import Draws
+from .pipelines import one_step_scheduler
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,11 @@ class Method(ABC):
         roles: every network, by name. Those with a turn train; the trainer freezes the others.
         turns: in the order in which they come within an iteration. The first one's role is the student, whose updates
             count, and whose average is delivered.
+        start: the timestep at which the student's first step starts.
     """
 
     name: str
+    start: int
     roles: dict[str, nn.Module]
     turns: tuple[Turn, ...]
 
@@ -75,3 +78,11 @@ class Method(ABC):
     def facts(self) -> dict[str, Any]:
         """What a checkpoint must agree with, and what is written beside a student: JSON."""
         return {}
+
+    def sampling(self) -> dict[str, Any]:
+        """How the delivered student is sampled, JSON: steps, the first one's timestep, guidance scale."""
+        return {"steps": 1, "timestep": self.start, "guidance_scale": 1.0}
+
+    def scheduler(self, teacher_scheduler: Any) -> Any:
+        """The diffusers scheduler that samples the delivered student so, in a pipeline called with these `sampling`."""
+        return one_step_scheduler(teacher_scheduler, self.start)

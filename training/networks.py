@@ -7,27 +7,41 @@ from torch import Tensor, nn
 from fastdistill import diffusion
 from fastdistill.diffusion import Schedule
 
+from .condition import Condition
 
-def predict(network: nn.Module, x_t: Tensor, t: Tensor, condition: Tensor) -> Tensor:
-    """Call a diffusers UNet (or anything called like one): x_t (B, ...), t (B,) int64, condition (B, L, D)."""
-    return network(x_t, t, encoder_hidden_states=condition, return_dict=False)[0]
+
+def predict(network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+    """Call a diffusers UNet (or anything called like one): x_t (B, ...), t (B,), condition of B samples.
+
+    Pooled text and sizes are passed on where the condition has sizes: only such networks (SDXL) take either.
+    """
+    options = {"encoder_hidden_states": condition.states, "return_dict": False}
+    if condition.time_ids is not None:
+        options["added_cond_kwargs"] = {"text_embeds": condition.pooled, "time_ids": condition.time_ids}
+    return network(x_t, t, **options)[0]
 
 
 def predict_guided(
     network: nn.Module,
     x_t: Tensor,
     t: Tensor,
-    condition: Tensor,
+    condition: Condition,
     guidance_scale: float = 1.0,
-    unconditional: Tensor | None = None,
+    unconditional: Condition | None = None,
 ) -> Tensor:
-    """`predict` with classifier-free guidance, unless `guidance_scale` is 1; `unconditional` is (1, L, D)."""
+    """`predict` with classifier-free guidance, unless `guidance_scale` is 1; `unconditional` is of one sample.
+
+    Two passes, one after the other: the guided teacher needs no more memory than the unguided one. The unconditional
+    branch keeps the sizes of `condition`.
+    """
     conditional = predict(network, x_t, t, condition)
     if guidance_scale == 1:
         return conditional
     if unconditional is None:
         raise ValueError(f"guidance_scale {guidance_scale} needs `unconditional`, the condition of the empty prompt")
-    return diffusion.guide(predict(network, x_t, t, unconditional.expand_as(condition)), conditional, guidance_scale)
+    empty = unconditional.expand(len(condition))
+    empty = Condition(empty.states, empty.pooled, condition.time_ids)
+    return diffusion.guide(predict(network, x_t, t, empty), conditional, guidance_scale)
 
 
 def conversion_point(schedule: Schedule, t: int, prediction_type: str) -> tuple[Tensor, Tensor]:

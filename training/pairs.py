@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fastdistill import diffusion
 from fastdistill.diffusion import Schedule
 
+from .condition import Condition
 from .networks import conversion_point, predict_guided
 
 
@@ -30,7 +31,7 @@ class Pairs(NamedTuple):
 @torch.no_grad()
 def make_pairs(
     teacher: nn.Module,
-    conditions: Tensor,
+    conditions: Condition,
     schedule: Schedule,
     prediction_type: str,
     *,
@@ -38,7 +39,7 @@ def make_pairs(
     sample_shape: tuple[int, ...],
     steps: int = 25,
     guidance_scale: float = 1.0,
-    unconditional: Tensor | None = None,
+    unconditional: Condition | None = None,
     batch_size: int = 250,
     seed: int = 0,
 ) -> Pairs:
@@ -46,11 +47,11 @@ def make_pairs(
 
     Args:
         teacher: called as `teacher(x_t, t, encoder_hidden_states=condition, return_dict=False)[0]`.
-        conditions: (P, L, D), one is drawn uniformly per pair.
+        conditions: of P prompts; one is drawn uniformly per pair.
         schedule, prediction_type: the teacher's own.
         count: number of pairs N.
         sample_shape: of one sample, without the batch.
-        guidance_scale, unconditional: classifier-free guidance with the condition (1, L, D), off at 1.
+        guidance_scale, unconditional: classifier-free guidance with the condition of the empty prompt, off at 1.
         batch_size: pairs solved at once; the pairs do not depend on it, save for rounding.
         seed: of noise and conditions.
     """
@@ -61,8 +62,8 @@ def make_pairs(
     timesteps = diffusion.inference_timesteps(steps, "trailing", num_train_timesteps=len(schedule)).tolist()
     samples = []
     for start in range(0, count, batch_size):
-        x_t = noise[start : start + batch_size].to(conditions)
-        condition = conditions[chosen[start : start + batch_size].to(conditions.device)]
+        x_t = noise[start : start + batch_size].to(conditions.states)
+        condition = conditions[chosen[start : start + batch_size].to(conditions.states.device)]
         for t, next_t in zip(timesteps, [*timesteps[1:], None]):
             many_t = torch.full((len(x_t),), t, device=x_t.device)
             pred = predict_guided(teacher, x_t, many_t, condition, guidance_scale, unconditional)
@@ -70,4 +71,4 @@ def make_pairs(
             next_point = (1.0, 0.0) if next_t is None else schedule.at(next_t)
             x_t = diffusion.ddim_step(pred, x_t, *point, *next_point, prediction_type)
         samples.append(x_t.float())
-    return Pairs(noise.to(conditions.device), torch.cat(samples), chosen.to(conditions.device))
+    return Pairs(noise.to(conditions.states.device), torch.cat(samples), chosen.to(conditions.states.device))

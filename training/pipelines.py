@@ -25,14 +25,14 @@ class TeacherError(ValueError):
 
 
 def check_teacher(pipeline: DiffusionPipeline) -> None:
-    """Raise a `TeacherError` unless this is a text-to-image pipeline like Stable Diffusion 1 or 2."""
+    """Raise a `TeacherError` unless this is a text-to-image pipeline like Stable Diffusion 1, 2 or XL."""
     name = type(pipeline).__name__
     for part in ("unet", "text_encoder", "tokenizer", "scheduler"):
         if getattr(pipeline, part, None) is None:
-            raise TeacherError(f"teacher {name} has no {part}; needed a pipeline like Stable Diffusion 1 or 2")
+            raise TeacherError(f"teacher {name} has no {part}; needed a pipeline like Stable Diffusion")
     unet = pipeline.unet.config
-    if unet.get("addition_embed_type") is not None:
-        raise TeacherError(f"teacher {name} needs pooled text and time ids (SDXL), which this loop does not pass yet")
+    if unet.get("addition_embed_type") not in (None, "text_time"):
+        raise TeacherError(f"teacher {name} embeds {unet.addition_embed_type!r}; known is SDXL's text_time")
     if unet.get("time_cond_proj_dim") is not None:
         raise TeacherError(f"teacher {name} is guidance-distilled (it embeds the guidance scale): use its own teacher")
     if not isinstance(getattr(pipeline.scheduler, "alphas_cumprod", None), Tensor):
@@ -40,16 +40,6 @@ def check_teacher(pipeline: DiffusionPipeline) -> None:
             f"teacher {name} with {type(pipeline.scheduler).__name__} is a flow model; "
             "this loop distils variance-preserving teachers (with alphas_cumprod) only"
         )
-
-
-@torch.no_grad()
-def encode_prompts(pipeline: DiffusionPipeline, prompts: list[str], batch_size: int = 256) -> Tensor:
-    """The text encoder's states (P, L, D) float32 of all prompts, on the pipeline's device."""
-    encoded = [
-        pipeline.encode_prompt(prompts[i : i + batch_size], pipeline.unet.device, 1, False)[0].float()
-        for i in range(0, len(prompts), batch_size)
-    ]
-    return torch.cat(encoded)
 
 
 def one_step_scheduler(scheduler, timestep: int) -> DDIMScheduler:
@@ -73,13 +63,10 @@ def one_step_scheduler(scheduler, timestep: int) -> DDIMScheduler:
     return DDIMScheduler.from_config(config, **options)
 
 
-def one_step_pipeline(teacher: DiffusionPipeline, student: nn.Module, timestep: int) -> DiffusionPipeline:
-    """The teacher's pipeline with the student's network and a one-step scheduler; all else is shared, not copied.
-
-    Sample with `num_inference_steps=1, guidance_scale=1.0`.
-    """
+def student_pipeline(teacher: DiffusionPipeline, student: nn.Module, scheduler) -> DiffusionPipeline:
+    """The teacher's pipeline with the student's network and the scheduler; all else is shared, not copied."""
     pipeline = copy.copy(teacher)
-    pipeline.register_modules(unet=student, scheduler=one_step_scheduler(teacher.scheduler, timestep))
+    pipeline.register_modules(unet=student, scheduler=scheduler)
     return pipeline
 
 

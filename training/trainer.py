@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,20 +15,11 @@ from torch import Tensor, nn
 from . import checkpoint
 from .config import RoleConfig, TrainerConfig
 from .contract import check_gradient_contract
+from .data import Data
 from .draws import Draws
 from .interruption import Interruption
 from .method import Method, Step, Turn
 from .updates import EMA, RoleUpdater, warm_up_then_decay
-
-
-class Data(Protocol):
-    """Where micro-batches come from."""
-
-    def batch(self, first: int, draws: Draws) -> dict[str, Any]:
-        """The samples of `draws.batch_size` of this process, on its device.
-
-        first: how many samples the run has taken before, over all processes: the position in the data.
-        """
 
 
 @dataclass(frozen=True)
@@ -36,6 +27,7 @@ class TrainingProgress:
     """What a callback sees.
 
     Attributes:
+        method: that is running; a run of several stages goes through several.
         update, total: student updates done and planned.
         seconds: of training so far, those before a resume included.
         losses: the terms and logs of the last turns.
@@ -43,6 +35,7 @@ class TrainingProgress:
         student: the network that would be delivered now, in evaluation mode. Look, but do not change it.
     """
 
+    method: str
     update: int
     total: int
     seconds: float
@@ -206,6 +199,7 @@ class Trainer:
     def progress(self) -> TrainingProgress:
         """The run as it stands; waits for the device."""
         return TrainingProgress(
+            self.method.name,
             self.updaters[self.student].attempts,
             self.config.updates,
             self.seconds,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,6 +10,7 @@ import torch
 from fastdistill import OneStepPipeline
 from fastdistill.models.digits.text import prompt
 from fastdistill.training import DMDConfig, TrainingProgress, distill
+from fastdistill.training.settings import changed
 
 from .result import Training
 
@@ -18,8 +18,12 @@ METHODS = ("dmd",)
 
 # The learning rate stays constant, because how many updates fit into the time is not known before: the moving average
 # does what its decay would do. Small batches and few critic updates: many updates matter more in so short a run.
-LIVE = DMDConfig(
-    iterations=10**9, batch_size=32, critic_ratio=2, pairs=300, pair_steps=10, decay=0.0, warm_up=10, report_every=1
+_OPTIMIZER = {"decay": 0.0, "warm_up": 10}
+LIVE = changed(
+    DMDConfig(critic_ratio=2, pairs=300, pair_steps=10),
+    trainer={"updates": 10**9, "batch_size": 32, "report_every": 1},
+    student=_OPTIMIZER,
+    fake_score=_OPTIMIZER,
 )
 
 
@@ -50,6 +54,6 @@ def distil_live(
         return state.seconds >= seconds
 
     prompts = [prompt(digit) for digit in range(10)]
-    result = distill(teacher, prompts, replace(LIVE, seed=seed), callback=progress, device=device)
+    result = distill(teacher, prompts, changed(LIVE, trainer={"seed": seed}), callback=progress, device=device)
     student = OneStepPipeline(result.pipeline, device=device, name="distilled just now")
     return student, Training("DMD", result.run.updates["student"], result.run.seconds)

@@ -1,15 +1,29 @@
 """The DMD loop on Gaussians, where the fake score and the answer are known, and its bookkeeping."""
 
-import dataclasses
-
 import pytest
 import torch
-from fastdistill.training import DMD, DMDConfig, GradientContractError, Losses, PromptData, Trainer, make_pairs
+from fastdistill.training import (
+    DMD,
+    Condition,
+    DMDConfig,
+    GradientContractError,
+    Losses,
+    PromptData,
+    Trainer,
+    make_pairs,
+)
+from fastdistill.training.config import role_configs
+from fastdistill.training.settings import changed
 
 from .toys import CONDITIONS, TARGET_MEAN, TARGET_STD, gaussian_teacher
 
 SHAPE = (2,)
-QUICK = DMDConfig(iterations=6, batch_size=16, critic_ratio=3, regression_weight=0, warm_up=0, report_every=2)
+QUICK = changed(
+    DMDConfig(critic_ratio=3, regression_weight=0),
+    trainer={"updates": 6, "batch_size": 16, "report_every": 2},
+    student={"warm_up": 0},
+    fake_score={"warm_up": 0},
+)
 
 
 def roles(config=QUICK, **options):
@@ -18,12 +32,17 @@ def roles(config=QUICK, **options):
 
 
 def train(dmd, pairs=None, conditions=CONDITIONS, callback=None):
-    return Trainer(dmd, PromptData(conditions, SHAPE, pairs), dmd.config.trainer, dmd.config.roles).run(callback)
+    data = PromptData(conditions, SHAPE, pairs)
+    return Trainer(dmd, data, dmd.config.trainer, role_configs(dmd.config)).run(callback)
 
 
 def test_the_student_moves_onto_the_teachers_distribution():
-    config = dataclasses.replace(
-        QUICK, iterations=300, batch_size=128, learning_rate=0.03, critic_learning_rate=0.03, critic_ratio=5
+    config = changed(
+        QUICK,
+        trainer={"updates": 300, "batch_size": 128},
+        student={"learning_rate": 0.03},
+        fake_score={"learning_rate": 0.03},
+        critic_ratio=5,
     )
     dmd = roles(config)
     run = train(dmd)
@@ -35,7 +54,13 @@ def test_the_student_moves_onto_the_teachers_distribution():
 
 
 def test_the_regression_term_alone_carries_each_noise_where_the_ode_does():
-    config = dataclasses.replace(QUICK, iterations=300, learning_rate=0.05, critic_ratio=1, regression_weight=100.0)
+    config = changed(
+        QUICK,
+        trainer={"updates": 300},
+        student={"learning_rate": 0.05},
+        critic_ratio=1,
+        regression_weight=100.0,
+    )
     dmd = roles(config)
     with torch.no_grad():
         dmd.teacher.gain.zero_()
@@ -48,7 +73,7 @@ def test_the_regression_term_alone_carries_each_noise_where_the_ode_does():
 
 @pytest.mark.parametrize("ratio", [1, 3, 5])
 def test_the_fake_score_is_updated_critic_ratio_times_per_student_update(ratio):
-    dmd = roles(dataclasses.replace(QUICK, critic_ratio=ratio))
+    dmd = roles(changed(QUICK, critic_ratio=ratio))
     run = train(dmd)
     assert run.updates == {"student": 6, "fake_score": 6 * ratio}
     # Twice per turn for the contract check. Then one sample per batch, one teacher pass per student turn.
@@ -96,9 +121,10 @@ def test_the_teacher_does_not_change():
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_seed_others():
-    first, again, other = (
-        train(roles(dataclasses.replace(QUICK, seed=seed))).student.state_dict() for seed in (0, 0, 1)
-    )
+    def weights(seed):
+        return train(roles(changed(QUICK, trainer={"seed": seed}))).student.state_dict()
+
+    first, again, other = weights(0), weights(0), weights(1)
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert any(not torch.equal(first[name], other[name]) for name in first)
 
@@ -124,9 +150,9 @@ def test_only_the_teacher_is_guided_and_it_keeps_no_graph():
             return (self.weight * x_t + encoder_hidden_states[:, 0],)
 
     _, schedule = gaussian_teacher()
-    config = dataclasses.replace(QUICK, guidance_scale=2.0)
-    dmd = DMD(Recorder(), schedule, "sample", config, unconditional=torch.full((1, 1, 1), -1.0))
-    train(dmd, conditions=torch.full((1, 1, 1), 3.0))
+    config = changed(QUICK, guidance_scale=2.0)
+    dmd = DMD(Recorder(), schedule, "sample", config, unconditional=Condition(torch.full((1, 1, 1), -1.0)))
+    train(dmd, conditions=Condition(torch.full((1, 1, 1), 3.0)))
     assert [-1.0] in dmd.teacher.seen
     assert dmd.teacher.graphs == {False}
     assert all(seen == [3.0] for network in (dmd.student, dmd.fake_score) for seen in network.seen)
@@ -191,12 +217,12 @@ def test_a_role_that_the_method_leaves_trainable_in_the_students_turn_is_refused
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"iterations": 0}, "iterations must be 1 or more; got 0"),
+        ({"trainer": {"updates": 0}}, "updates must be 1 or more; got 0"),
         ({"critic_ratio": 0}, "critic_ratio must be 1 or more; got 0"),
-        ({"learning_rate": 0.0}, r"learning_rate must be more than 0; got 0\.0"),
-        ({"learning_rate": float("nan")}, "learning_rate must be more than 0; got nan"),
-        ({"beta1": 1.0}, r"beta1 must be in \[0, 1\)"),
-        ({"ema_decay": 1.0}, r"ema_decay must be in \[0, 1\)"),
+        ({"student": {"learning_rate": 0.0}}, r"learning_rate must be more than 0; got 0\.0"),
+        ({"fake_score": {"learning_rate": float("nan")}}, "learning_rate must be more than 0; got nan"),
+        ({"student": {"beta1": 1.0}}, r"beta1 must be in \[0, 1\)"),
+        ({"trainer": {"ema_decay": 1.0}}, r"ema_decay must be in \[0, 1\)"),
         ({"min_timestep": 0.99}, r"min_timestep must be in \[0, max_timestep\)"),
         ({"max_timestep": 1.0}, "max_timestep must be below 1"),
         ({"regression_weight": 0.5, "pairs": 0}, "needs pairs; got pairs = 0"),
@@ -204,13 +230,13 @@ def test_a_role_that_the_method_leaves_trainable_in_the_students_turn_is_refused
 )
 def test_a_bad_configuration_names_the_field_the_value_and_the_need(change, message):
     with pytest.raises(ValueError, match=message):
-        dataclasses.replace(QUICK, **change)
+        changed(QUICK, **change)
 
 
 def test_what_the_roles_lack_is_named():
     with pytest.raises(ValueError, match=r"student_timestep must be in 0\.\.999; got 1000"):
-        roles(dataclasses.replace(QUICK, student_timestep=1000))
+        roles(changed(QUICK, student_timestep=1000))
     with pytest.raises(ValueError, match=r"guidance_scale 2\.0 needs the condition of the empty prompt"):
-        roles(dataclasses.replace(QUICK, guidance_scale=2.0))
+        roles(changed(QUICK, guidance_scale=2.0))
     with pytest.raises(ValueError, match=r"regression_weight 0\.5 needs pairs"):
-        train(roles(dataclasses.replace(QUICK, regression_weight=0.5)))
+        train(roles(changed(QUICK, regression_weight=0.5)))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from fastdistill.training import make_pairs
+from fastdistill.training import Condition, make_pairs
 from fastdistill.training.networks import conversion_point, predict_guided
 
 from fastdistill import diffusion
@@ -28,7 +28,7 @@ def test_the_ode_of_a_gaussian_carries_noise_to_mean_plus_std_times_noise():
 
 def test_the_pairs_depend_on_the_seed_and_not_on_the_batch_size():
     teacher, schedule = gaussian_teacher()
-    conditions = torch.zeros(5, 1, 1)
+    conditions = Condition(torch.zeros(5, 1, 1))
     options = {"count": 20, "sample_shape": (2,), "steps": 4}
     whole = make_pairs(teacher, conditions, schedule, "sample", **options)
     parts = make_pairs(teacher, conditions, schedule, "sample", batch_size=7, **options)
@@ -46,7 +46,7 @@ def test_guidance_mixes_the_two_predictions_with_the_raw_scale():
             return (x_t * encoder_hidden_states[:, 0],)
 
     x, t = torch.ones(3, 1), torch.zeros(3, dtype=torch.long)
-    condition, empty = torch.full((3, 1, 1), 5.0), torch.full((1, 1, 1), 2.0)
+    condition, empty = Condition(torch.full((3, 1, 1), 5.0)), Condition(torch.full((1, 1, 1), 2.0))
     assert torch.equal(predict_guided(Echo(), x, t, condition, 3.0, empty), torch.full((3, 1), 2.0 + 3 * (5.0 - 2.0)))
     with pytest.raises(ValueError, match=r"guidance_scale 3\.0 needs"):
         predict_guided(Echo(), x, t, condition, 3.0)

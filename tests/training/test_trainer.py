@@ -19,6 +19,8 @@ from fastdistill.training import (
     TrainerConfig,
     Turn,
 )
+from fastdistill.training.config import role_configs
+from fastdistill.training.settings import changed
 from torch import nn
 
 from .toys import CONDITIONS, gaussian_teacher
@@ -133,12 +135,16 @@ def _tensors(tree):
 
 
 def test_dmd_resumes_to_the_bit(tmp_path):
-    config = DMDConfig(iterations=6, batch_size=16, regression_weight=0, warm_up=2, report_every=1)
+    config = changed(
+        DMDConfig(regression_weight=0),
+        trainer={"updates": 6, "batch_size": 16, "report_every": 1},
+        student={"warm_up": 2},
+    )
 
     def dmd(folder=None):
         teacher, schedule = gaussian_teacher()
         method = DMD(teacher, schedule, "sample", config)
-        return Trainer(method, PromptData(CONDITIONS, (2,)), config.trainer, config.roles, folder=folder)
+        return Trainer(method, PromptData(CONDITIONS, (2,)), config.trainer, role_configs(config), folder=folder)
 
     whole = dmd()
     whole.run()

@@ -1,6 +1,7 @@
 """Teachers small enough to know the answer: Gaussians in closed form, and a pipeline of random weights."""
 
 import torch
+from fastdistill.training import Condition
 from torch import nn
 
 from fastdistill import diffusion
@@ -32,7 +33,7 @@ class GaussianNetwork(nn.Module):
 
 
 TARGET_MEAN, TARGET_STD = (2.0, -1.0), (0.5, 1.0)
-CONDITIONS = torch.zeros(1, 1, 1)
+CONDITIONS = Condition(torch.zeros(1, 1, 1))
 
 
 def gaussian_teacher():
