@@ -90,7 +90,7 @@ def _ours(device: str) -> Callable[[], Losses]:
 def _plain(device: str, dtype: torch.dtype) -> Callable[[], Losses]:
     """The paper's two updates (arXiv 2311.18828, equations 6 to 8) as one would first write them."""
     teacher, schedule, condition = _teacher(device, dtype)
-    student, fake_score = copy.deepcopy(teacher), copy.deepcopy(teacher)
+    student, fake_score = (copy.deepcopy(teacher).requires_grad_(True) for _ in range(2))
     _nudge(fake_score)
     teacher.requires_grad_(False)
     settings = {"lr": _LEARNING_RATE, "betas": (_ROLE.beta1, _ROLE.beta2), "weight_decay": _ROLE.weight_decay}
