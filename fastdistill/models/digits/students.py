@@ -72,8 +72,8 @@ def as_markdown(students: Sequence[Student], noise_seeds: Sequence[int]) -> str:
     """A row per training run and, for every method, one of the means over its training seeds."""
     lines = [
         "one step, 1000 images per seed of the noise, of which a run's figures are the means (noise seeds "
-        f"{', '.join(map(str, noise_seeds))}); the rows in bold are mean ± half of the 95 % confidence interval over the "
-        "training seeds (Student's t).",
+        f"{', '.join(map(str, noise_seeds))}); the rows in bold are mean ± half of the 95 % confidence interval over "
+        "the training seeds (Student's t).",
         "",
         "| method | training seed | updates | Frechet distance | accuracy | diversity | least diverse digit |",
         "|---|---|---|---|---|---|---|",
