@@ -5,15 +5,18 @@ from .condition import Condition
 from .config import RoleConfig, TrainerConfig
 from .contract import GradientContractError, check_gradient_contract
 from .data import Data, LatentData, PromptData
+from .digits import digits_images
 from .distill import Distilled, distill
 from .dmd import DMD, DMDConfig
 from .draws import Draws
 from .method import Losses, Method, Step, Turn
 from .pairs import Pairs, make_pairs
 from .pipelines import TeacherError
+from .progress import Run, TrainingProgress
 from .recipe import MethodConfig, Setup, Stage
 from .teacher import Teacher
-from .trainer import Diverged, Run, Trainer, TrainingProgress
+from .trainer import Diverged, Trainer
+from .world import World, world_of_environment
 
 __all__ = [
     "DMD",
@@ -42,7 +45,10 @@ __all__ = [
     "TrainerConfig",
     "TrainingProgress",
     "Turn",
+    "World",
     "check_gradient_contract",
+    "digits_images",
     "distill",
     "make_pairs",
+    "world_of_environment",
 ]
