@@ -8,7 +8,9 @@ from .data import Data, LatentData, PromptData
 from .digits import digits_images
 from .distill import Distilled, distill
 from .dmd import DMD, DMDConfig
+from .dmd2 import DMD2, DMD2Config
 from .draws import Draws
+from .fake_score import FakeScore
 from .method import Losses, Method, Step, Turn
 from .pairs import Pairs, make_pairs
 from .pipelines import TeacherError
@@ -20,13 +22,16 @@ from .world import World, world_of_environment
 
 __all__ = [
     "DMD",
+    "DMD2",
     "CheckpointError",
     "Condition",
+    "DMD2Config",
     "DMDConfig",
     "Data",
     "Distilled",
     "Diverged",
     "Draws",
+    "FakeScore",
     "GradientContractError",
     "LatentData",
     "Losses",
