@@ -9,7 +9,7 @@ from .distill import Distilled, distill
 from .dmd import DMD, DMDConfig
 from .draws import Draws
 from .method import Losses, Method, Step, Turn
-from .pairs import Pairs, make_pairs
+from .pairs import Pairs, PairSetError, load_pairs, make_pairs, pairs_for
 from .pipelines import TeacherError
 from .recipe import MethodConfig, Setup, Stage
 from .teacher import Teacher
@@ -29,6 +29,7 @@ __all__ = [
     "Losses",
     "Method",
     "MethodConfig",
+    "PairSetError",
     "Pairs",
     "PromptData",
     "RoleConfig",
@@ -44,5 +45,7 @@ __all__ = [
     "Turn",
     "check_gradient_contract",
     "distill",
+    "load_pairs",
     "make_pairs",
+    "pairs_for",
 ]
