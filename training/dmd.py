@@ -45,7 +45,8 @@ class DMDConfig:
         guidance_scale: classifier-free guidance of the teacher, 1 for none. The fake score is never guided.
         min_timestep, max_timestep: range of the timesteps at which the distributions are compared, as shares of T.
         regression_weight: of the mean squared error to the ends of the teacher's ODE, 0 to leave it out.
-        pairs, pair_steps: how many noises the ODE is solved for, and in how many DDIM steps, unless the run is given pairs.
+        pairs, pair_steps: how many noises the ODE is solved for, and in how many DDIM steps; not of pairs that
+            the run is given.
     """
 
     method: ClassVar[str] = "dmd"

@@ -68,7 +68,7 @@ def generate(
 
     Returns when every shard is there, be it made here or by another process; what a process that died had in hand is
     made by one of the others. SIGTERM and SIGINT end it after the shard in hand. A pair depends on the set and on its
-    number, not on who makes it; the batches never cross a shard, so that with one batch size it is the same bit for bit.
+    number, not on who makes it; with one batch size it is the same bit for bit, as no batch crosses the end of a shard.
 
     Args:
         source: whose ODE is solved.

@@ -1,6 +1,6 @@
 """The files of a set: one shard of pairs each, whole or not there, made by one process at a time.
 
-    pairs-00003.safetensors   pair, prompt (n,) int64 · latent, and where they are stored noise, states, pooled, time_ids
+    pairs-00003.safetensors   pair, prompt (n,) int64 · latent, and if stored noise, states, pooled, time_ids
     pairs-00003.json          its bytes and SHA-256
 
 The record is written first and the shard gets its name last: a shard that is there is finished.
