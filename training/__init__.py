@@ -12,7 +12,7 @@ from .dmd2 import DMD2, DMD2Config
 from .draws import Draws
 from .fake_score import FakeScore
 from .method import Losses, Method, Step, Turn
-from .pairs import Pairs, make_pairs
+from .pairs import Pairs, PairSetError, load_pairs, make_pairs, pairs_for
 from .pipelines import TeacherError
 from .progress import Run, TrainingProgress
 from .recipe import MethodConfig, Setup, Stage
@@ -37,6 +37,7 @@ __all__ = [
     "Losses",
     "Method",
     "MethodConfig",
+    "PairSetError",
     "Pairs",
     "PromptData",
     "RoleConfig",
@@ -54,6 +55,8 @@ __all__ = [
     "check_gradient_contract",
     "digits_images",
     "distill",
+    "load_pairs",
     "make_pairs",
+    "pairs_for",
     "world_of_environment",
 ]

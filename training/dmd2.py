@@ -29,10 +29,11 @@ from .draws import Draws
 from .fake_score import FakeScore, mid_block_head
 from .method import Losses, Step
 from .networks import conversion_point, predict, predict_data
-from .pairs import make_pairs
+from .pairs import pairs_for
 from .pipelines import renoising_scheduler
 from .recipe import Setup, Stage
 from .regression import Distance, Regression, check_regression, regression_distance
+from .solvers import check_solver
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class DMD2Config:
         warm_up_updates: of a stage before, in which the student learns these ends alone, in one step from its first
             timestep. Students that start elsewhere than at the last timestep, where no teacher knows unit noise, need
             it.
-        regression, lpips_backbone, lpips_heads, pairs, pair_steps: of both, as in `DMDConfig`.
+        regression, lpips_backbone, lpips_heads, pairs, pair_steps, pair_solver: of both, as in `DMDConfig`.
     """
 
     method: ClassVar[str] = "dmd2"
@@ -77,6 +78,7 @@ class DMD2Config:
     lpips_heads: str | None = None
     pairs: int = 2000
     pair_steps: int = 25
+    pair_solver: str = "euler"
 
     def __post_init__(self) -> None:
         for name in ("critic_ratio", "pair_steps"):
@@ -103,6 +105,7 @@ class DMD2Config:
         if self.needs_pairs and self.pairs == 0:
             raise ValueError("warm_up_updates and regression_weight above 0 need pairs; got pairs = 0")
         check_regression(self)
+        check_solver(self.pair_solver)
 
     @property
     def student_timestep(self) -> int:
@@ -126,16 +129,12 @@ class DMD2Config:
                 fake_score = FakeScore(fake_score, mid_block_head(teacher.unet).to(teacher.device))
         paired = PromptData(setup.conditions, teacher.sample_shape)
         if self.needs_pairs:
-            pairs = make_pairs(
-                teacher.unet,
-                setup.conditions,
-                teacher.schedule,
-                teacher.prediction_type,
+            pairs = pairs_for(
+                setup,
                 count=self.pairs,
-                sample_shape=teacher.sample_shape,
                 steps=self.pair_steps,
+                solver=self.pair_solver,
                 guidance_scale=self.guidance_scale,
-                unconditional=unconditional,
                 seed=self.trainer.seed + 1,  # the loop's own noises are drawn from its seed
             )
             paired = PromptData(setup.conditions, teacher.sample_shape, pairs)
