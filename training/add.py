@@ -112,4 +112,6 @@ class ADD(Method):
         """
         x_t = diffusion.add_noise(data, noise, *self.schedule.at(t))
         pred = predict(self.student, x_t, t, condition)
-        return diffusion.to_data(pred, x_t, *conversion_point(self.schedule, t, self.prediction_type), self.prediction_type)
+        return diffusion.to_data(
+            pred, x_t, *conversion_point(self.schedule, t, self.prediction_type), self.prediction_type
+        )

@@ -119,15 +119,17 @@ class DMD2Config:
     def stages(self, setup: Setup) -> Generator[Stage, nn.Module, None]:
         """The warm-up, where there is one, and the distillation."""
         teacher = setup.teacher
+        if len(self.student_steps) > 1:
+            renoising_scheduler(teacher.pipeline.scheduler, self.student_steps)  # raises before the training, not after
         unconditional = teacher.unconditional if self.guidance_scale != 1 else None
         data = setup.needed_images(self.method) if self.gan_weight > 0 else None
         distance = regression_distance(self, teacher)
         student, fake_score = copy.deepcopy(teacher.unet), copy.deepcopy(teacher.unet)
         if self.gan_weight > 0:
-            with torch.random.fork_rng():
+            with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(self.trainer.seed)
                 fake_score = FakeScore(fake_score, mid_block_head(teacher.unet).to(teacher.device))
-        paired = PromptData(setup.conditions, teacher.sample_shape)
+        pairs = None
         if self.needs_pairs:
             pairs = pairs_for(
                 setup,
@@ -137,7 +139,7 @@ class DMD2Config:
                 guidance_scale=self.guidance_scale,
                 seed=self.trainer.seed + 1,  # the loop's own noises are drawn from its seed
             )
-            paired = PromptData(setup.conditions, teacher.sample_shape, pairs)
+        paired = PromptData(setup.conditions, teacher.sample_shape, pairs)
         if self.warm_up_updates > 0:
             warm_up = Regression(student, teacher.schedule, teacher.prediction_type, self.student_timestep, distance)
             trainer = replace(self.trainer, updates=self.warm_up_updates)
@@ -189,6 +191,9 @@ class DMD2(DMD):
                 f"gan_weight {config.gan_weight} needs a FakeScore, a score network with a head; "
                 f"got {type(fake_score).__name__}"
             )
+        require(
+            "student_steps", config.student_steps, config.student_steps[0] < len(schedule), f"below {len(schedule)}"
+        )
         super().__init__(
             teacher,
             schedule,

@@ -1,5 +1,6 @@
 """DMD2 with diffusers' UNets: features that end behind the mid block, SDXL's conditions, export, the warm-up."""
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
@@ -211,11 +212,14 @@ def test_the_exported_pipeline_of_several_steps_does_exactly_what_the_method_doe
 
 def test_the_engine_samples_a_student_of_several_steps_as_diffusers_does(four_steps, tmp_path):
     folder = four_steps.save(tmp_path / "student")
-    engine = OneStepPipeline.from_pretrained(folder)
-    images = engine(PROMPTS[:1], seed=3, steps=4)
-    again = engine(PROMPTS[:1], seed=4, steps=4)
-    assert len(images) == 1
-    assert images[0].tobytes() != again[0].tobytes()
+    opened = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    opened.set_progress_bar_config(disable=True)
+    generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
+    theirs = opened(PROMPTS[:2], num_inference_steps=4, guidance_scale=1.0, generator=generators, output_type="np")
+    engine = OneStepPipeline.from_pretrained(folder, device="cpu", dtype=torch.float32)
+    ours = engine(PROMPTS[:2], seed=[3, 4], steps=4, output="np")
+    np.testing.assert_allclose(ours, theirs.images, rtol=0, atol=1e-4)
+    assert ours.std() > 0.05
 
 
 def test_a_schedule_beyond_the_first_of_several_timesteps_is_cut_off():
@@ -315,3 +319,20 @@ def test_the_regression_term_may_compare_decoded_images(kind, monkeypatch):
     term.backward()
     assert all(p.grad is None for p in teacher.pipeline.vae.parameters())
     assert bool(stage.method.student.conv_in.weight.grad.any())
+
+
+@pytest.mark.parametrize("stage", ["dmd2-warm-up", "dmd2"])
+def test_a_run_with_a_warm_up_stopped_in_either_stage_and_resumed_is_the_same_to_the_bit(tmp_path, stage):
+    config = changed(QUICK, warm_up_updates=2, trainer={"report_every": 1, "ema_decay": 0.9})
+    samples, captions = real_latents()
+
+    def run(**options):
+        teacher = pipeline()
+        data = LatentData(samples, Teacher(teacher).encode(PROMPTS), captions)
+        return distill(teacher, PROMPTS, config, images=data, **options)
+
+    whole = run()
+    stopped = run(checkpoints=tmp_path, callback=lambda progress: progress.stage == stage and progress.update == 1)
+    assert stopped.run.ended == "callback"
+    resumed = run(checkpoints=tmp_path, resume=True).run.student.state_dict()
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.run.student.state_dict().items())
