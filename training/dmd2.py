@@ -60,10 +60,10 @@ class DMD2Config:
 
     method: ClassVar[str] = "dmd2"
 
-    trainer: TrainerConfig = TrainerConfig(updates=180, batch_size=64, ema_decay=0.98, checkpoint_every=30)
+    trainer: TrainerConfig = TrainerConfig(updates=200, batch_size=32, ema_decay=0.98, checkpoint_every=50)
     student: RoleConfig = RoleConfig(2e-4, beta1=0.0, warm_up=20, decay=0.5)
     fake_score: RoleConfig = RoleConfig(4e-4, beta1=0.0, warm_up=20, decay=0.5)
-    critic_ratio: int = 5
+    critic_ratio: int = 3
     student_steps: tuple[int, ...] = (999,)
     guidance_scale: float = 1.0
     min_timestep: float = 0.02
