@@ -16,6 +16,7 @@ from fastdistill.training import (
     Trainer,
     distill,
 )
+from fastdistill.training.adapters import SharedBase
 from fastdistill.training.config import role_configs
 from fastdistill.training.dmd2 import DMD2, DMD2Config
 from fastdistill.training.fake_score import FakeScore, mid_block_head
@@ -119,6 +120,22 @@ def test_the_gradient_of_a_pass_that_ends_behind_the_mid_block_is_that_of_a_whol
         assert network.network.conv_out.weight.grad is None
     for ended, whole in zip(*gradients):
         torch.testing.assert_close(ended, whole)
+
+
+def test_a_fake_score_that_is_an_adapter_of_a_shared_base_has_its_own_features_and_trains_it_alone():
+    base = SharedBase(unet(), rank=2)
+    teacher, role = base.role(None), base.role("fake_score")
+    with torch.no_grad():
+        for p in role.parameters():
+            p.add_(0.1)
+    x_t, t, condition = inputs("sd")
+    network = FakeScore(role, mid_block_head(unet()))
+    own, plain = network.logits(x_t, t, condition), FakeScore(teacher, network.head).logits(x_t, t, condition)
+    torch.testing.assert_close(own, network.predict_with_logits(x_t, t, condition)[1])
+    assert not torch.allclose(own, plain)
+    own.sum().backward()
+    assert any(bool(p.grad.any()) for p in role.parameters() if p.grad is not None)
+    assert base.network.conv_in.weight.grad is None
 
 
 @pytest.mark.parametrize("size", [32, 64, 128])
