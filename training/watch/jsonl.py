@@ -49,8 +49,8 @@ class Log:
         Raises:
             OSError: it cannot be written now.
         """
-        self.records.append(record)
         self._waiting += _line(record)
+        self.records.append(record)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0) as file:
             file.truncate(self._size)

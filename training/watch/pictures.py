@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from fastdistill._output import write_files
 from fastdistill._pictures import enlarge, png
-from fastdistill.training.sampling import sample, sampler_of
+
+from ..sampling import sample, sampler_of
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

@@ -28,6 +28,9 @@ TITLES = {
     "validation": "validation",
 }
 
+TOGETHER = ("learning_rates", "gradient_norms")
+"""Groups whose figures share a panel, a line for each role."""
+
 
 class NoMatplotlib(ImportError):
     """The extra is not installed."""
@@ -67,7 +70,7 @@ def plot(records: Sequence[Record], group: str, colours: dict[str, str] = DAY) -
     found = curves(records, group)
     if not found:
         raise ValueError(f"{group}: no figures to draw in {len(records)} reports")
-    together = group in ("learning_rates", "gradient_norms")
+    together = group in TOGETHER
     panels = [found] if together else [{name: curve} for name, curve in found.items()]
     columns = min(2, len(panels))
     rows = math.ceil(len(panels) / columns)
@@ -121,6 +124,8 @@ def _panel(axes: Axes, panel: dict[str, tuple[np.ndarray, np.ndarray]], first: i
         axes.lines[-1].set_label(name)
     if _is_wide(np.concatenate([values for _, values in panel.values()])):
         axes.set_yscale("log")
+    else:
+        axes.ticklabel_format(axis="y", scilimits=(-3, 4))
     if len(panel) > 1:
         axes.legend(frameon=False, labelcolor=colours["ink"], fontsize=9)
     axes.set_facecolor(colours["paper"])

@@ -16,7 +16,7 @@ from rich.text import Text
 from .record import memory
 
 if TYPE_CHECKING:
-    from fastdistill.training import TrainingProgress
+    from ..progress import TrainingProgress
 
 REPORTS_OF_RATE = 20
 

@@ -8,7 +8,7 @@ from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastdistill.training import TrainingProgress
+    from ..progress import TrainingProgress
 
 Record = dict[str, Any]
 
@@ -21,7 +21,7 @@ def record(progress: TrainingProgress) -> Record:
     peak, whose = memory(progress)
     line: Record = {
         "stage": progress.stage,
-        "method": progress.method,
+        "method": progress.stage if progress.method is None else progress.method.name,
         "update": progress.update,
         "total": progress.total,
         "seconds": round(progress.seconds, 3),
