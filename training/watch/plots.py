@@ -131,6 +131,7 @@ def _panel(axes: Axes, panel: dict[str, tuple[np.ndarray, np.ndarray]], first: i
     axes.set_facecolor(colours["paper"])
     axes.grid(color=colours["line"], linewidth=0.6)
     axes.set_axisbelow(True)
+    axes.yaxis.get_offset_text().set_color(colours["soft"])
     axes.tick_params(colors=colours["soft"], labelsize=9, which="both")
     for side, spine in axes.spines.items():
         spine.set_visible(side in ("left", "bottom"))

@@ -15,7 +15,7 @@ from fastdistill.info import collect_versions, machine
 
 from ..settings import to_yaml
 from .pictures import COLUMNS
-from .plots import DAY, NIGHT, TITLES, TOGETHER, curves, described, plot_png
+from .plots import TITLES, TOGETHER, described
 from .progress import duration, number, size
 from .record import GROUPS, Record
 
@@ -77,18 +77,20 @@ class Shown:
 
 def render_report(
     records: Sequence[Record],
-    pictures: Sequence[Shown],
-    prompts: Sequence[str],
     facts: RunFacts,
+    pictures: Sequence[Shown] = (),
+    prompts: Sequence[str] = (),
+    plots: Mapping[tuple[str, str], Sequence[bytes]] | None = None,
     left_out: Sequence[str] = (),
 ) -> str:
     """The page.
 
     Args:
         records: of the log, one or more, in their order.
+        facts: what the log does not say.
         pictures: in the order in which they are shown.
         prompts: of the cells of each picture, row by row.
-        facts: what the log does not say.
+        plots: the curves of (stage, group) as PNG files, by day and, if there are two, by night.
         left_out: what could not be done, one sentence each.
     """
     stages: dict[str, list[Record]] = {}
@@ -113,7 +115,7 @@ def render_report(
 {_key_figures(stages)}
 </header>
 {_samples(pictures, prompts, facts)}
-{"".join(_curves(stage, lines, len(stages) > 1) for stage, lines in stages.items())}
+{"".join(_curves(stage, lines, plots or {}, len(stages) > 1) for stage, lines in stages.items())}
 {_validations(stages)}
 {_stages_table(stages)}
 {_skipped(stages, left_out)}
@@ -215,25 +217,26 @@ def _spread(items: Sequence, count: int) -> list:
     return [items[round(index * (len(items) - 1) / (count - 1))] for index in range(count)]
 
 
-def _curves(stage: str, lines: Sequence[Record], several: bool) -> str:
+def _curves(
+    stage: str, lines: Sequence[Record], plots: Mapping[tuple[str, str], Sequence[bytes]], several: bool
+) -> str:
     figures = []
     for group in GROUPS:
-        if curves(lines, group):
+        if (stage, group) in plots:
             alt = f"Curves of {TITLES[group]} of {stage} over updates of the student. {described(lines, group)}"
             head = "" if group in TOGETHER else f"<h3>{escape(TITLES[group].capitalize())}</h3>"
             wide = "" if group in TOGETHER else ' class="wide"'
-            figures.append(f"<div{wide}>{head}{_curve(lines, group, alt)}</div>")
+            figures.append(f"<div{wide}>{head}{_curve(plots[stage, group], alt)}</div>")
     if not figures:
         return ""
     title = f"Curves of {escape(stage)}" if several else "Curves"
     return f'<section>\n<h2>{title}</h2>\n<div class="curves">{"".join(figures)}</div></section>\n'
 
 
-def _curve(lines: Sequence[Record], group: str, alt: str) -> str:
-    day, night = (_data(plot_png(lines, group, colours)) for colours in (DAY, NIGHT))
-    return f"""<figure><picture>
-<source media="(prefers-color-scheme: dark)" srcset="{night}">
-<img class="curve" alt="{escape(alt)}" src="{day}"></picture></figure>
+def _curve(drawn: Sequence[bytes], alt: str) -> str:
+    night = "".join(f'<source media="(prefers-color-scheme: dark)" srcset="{_data(content)}">' for content in drawn[1:])
+    return f"""<figure><picture>{night}
+<img class="curve" alt="{escape(alt)}" src="{_data(drawn[0])}"></picture></figure>
 """
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from fastdistill._output import check_folder, write_files
 from ..world import World
 from .jsonl import Log
 from .pictures import Samples, save_sheet, sheet
-from .plots import DAY, curves, need_matplotlib, plot_png
+from .plots import DAY, NIGHT, curves, need_matplotlib, plot_png
 from .progress import Display
 from .record import GROUPS, record
 from .report import RunFacts, Shown, render_report
@@ -167,6 +167,7 @@ class Keeper:
         self._say = say
         self._stage: str | None = None
         self._drawn = 0
+        self._plots: dict[tuple[str, str], list[bytes]] = {}
         self._board: TensorBoard | None = None
         try:
             self._board = TensorBoard(folder / "tensorboard")
@@ -188,15 +189,16 @@ class Keeper:
         every = self.picture_every or -(-progress.total // PICTURES_OF_A_STAGE)
         if progress.update - self._drawn >= every or progress.update >= progress.total:
             self._draw(progress)
+            self._try("plots", lambda: self._plot(DAY))
             self._write_report()
 
     def end(self, progress: TrainingProgress) -> None:
         """The student that is delivered may be an earlier one, or the run may have been ended between two reports."""
-        self.facts.sampling = progress.method.sampling() if progress.method is not None else {}
         delivered = progress.best if self._delivers_best() and progress.best is not None else progress.update
         self.facts.delivered[progress.stage] = delivered
         if not self._picture_path(delivered).exists():
             self._draw(progress, delivered)
+        self._try("plots", lambda: self._plot(DAY, NIGHT))
 
     def failed(self, error: BaseException) -> None:
         """What the run ended with."""
@@ -234,25 +236,23 @@ class Keeper:
         self._drawn = progress.update
         if self.samples is not None and progress.method is not None:
             self._try("pictures", lambda: self._draw_student(progress, progress.update if update is None else update))
-        self._try("plots", self._plot)
 
     def _draw_student(self, progress: TrainingProgress, update: int) -> None:
-        method = progress.method
-        self.facts.sampling = dict(method.sampling())
+        method, self.facts.sampling = progress.method, dict(progress.method.sampling())
         picture = sheet(self.samples.of_student(progress.student, method.scheduler, method.sampling()))
         facts = {"Software": "fastdistill", "Description": f"{progress.stage}, update {update}"}
         save_sheet(picture, self._picture_path(update), facts)
         if self._board is not None:
             self._board.picture(update, picture)
 
-    def _plot(self) -> None:
+    def _plot(self, *colours: Mapping[str, str]) -> None:
+        """On the first of `colours` as files, on all of them in the report."""
         lines = [line for line in self.log.records if line["stage"] == self._stage]
-        files = {
-            self.folder / "plots" / f"{self._stage}-{group}.png": plot_png(lines, group, DAY)
-            for group in GROUPS
-            if curves(lines, group)
-        }
-        write_files(files)
+        for group in GROUPS:
+            if curves(lines, group):
+                drawn = [plot_png(lines, group, each) for each in colours]
+                self._plots[self._stage, group] = drawn
+                write_files({self.folder / "plots" / f"{self._stage}-{group}.png": drawn[0]})
 
     def _write_report(self) -> None:
         self._try("report", lambda: write_files({self.folder / "report.html": self._report().encode()}))
@@ -263,7 +263,7 @@ class Keeper:
             shown += [Shown(stage, number, path) for number, path in pictures_of(self.folder, stage).items()]
         prompts = [] if self.samples is None else self.samples.prompts
         there = [each for each in shown if each.path.exists()]
-        return render_report(self.log.records, there, prompts, self.facts, self.left_out)
+        return render_report(self.log.records, self.facts, there, prompts, self._plots, self.left_out)
 
     def _try(self, what: str, do: Callable[[], object]) -> None:
         try:
