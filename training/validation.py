@@ -216,7 +216,7 @@ def _picture(file: Path, size: tuple[int, int]) -> Tensor:
             fitted = ImageOps.fit(picture.convert("RGB"), size, Image.Resampling.LANCZOS)
     except (UnidentifiedImageError, OSError) as error:
         raise ValueError(f"reference: {file} cannot be read: {error}") from error
-    return torch.from_numpy(np.asarray(fitted)).permute(2, 0, 1).float() / 127.5 - 1
+    return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).float() / 127.5 - 1
 
 
 def _imported(name: str) -> Features:
