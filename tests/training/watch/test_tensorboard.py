@@ -8,10 +8,9 @@ import pytest
 import torch
 from fastdistill.training.watch import NoTensorBoard, TensorBoard, record, sheet
 from PIL import Image
+from tensorboard.backend.event_processing import event_accumulator
 
 from .toys import a_report
-
-event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
 
 
 def read(folder):
