@@ -15,6 +15,7 @@ from .progress import Run, TrainingProgress
 from .recipe import MethodConfig, Setup, Stage
 from .teacher import Teacher
 from .trainer import Diverged, Trainer
+from .validation import ValidationConfig, Validator
 from .world import World, world_of_environment
 
 __all__ = [
@@ -44,6 +45,8 @@ __all__ = [
     "TrainerConfig",
     "TrainingProgress",
     "Turn",
+    "ValidationConfig",
+    "Validator",
     "World",
     "check_gradient_contract",
     "distill",

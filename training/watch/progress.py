@@ -112,8 +112,9 @@ class Display:
             self._live.stop()
             self._live = None
 
-    def _say(self, text: str, style: str | None = None) -> None:
-        self.console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+    def _say(self, text: str, style: str = "") -> None:
+        # What is asked of a print is applied to the bars that are drawn again below it too.
+        self.console.print(Text(text, style), soft_wrap=self._live is None)
 
 
 class Rate:

@@ -281,14 +281,13 @@ def _stages_table(stages: Mapping[str, list[Record]]) -> str:
         for stage, lines in stages.items()
         for name in lines[-1]["losses"]
     )
-    first, last = (next(iter(stages.values()))[0]["update"], next(reversed(stages.values()))[-1]["update"])
     return f"""<section>
 <h2>The figures</h2>
 <div class="scroll"><table><thead><tr><th scope="col">stage</th><th scope="col">updates</th>
 <th scope="col">of each role</th><th scope="col">time</th><th scope="col">seconds per update</th>
 <th scope="col">peak memory</th></tr></thead><tbody>{"".join(rows)}</tbody></table></div>
-<div class="scroll"><table><thead><tr><th scope="col">loss</th><th scope="col">first report (update {first})</th>
-<th scope="col">last report (update {last})</th></tr></thead><tbody>{losses}</tbody></table></div>
+<div class="scroll"><table><thead><tr><th scope="col">loss</th><th scope="col">first report</th>
+<th scope="col">last report</th></tr></thead><tbody>{losses}</tbody></table></div>
 </section>
 """
 

@@ -59,7 +59,7 @@ def test_a_run_killed_and_resumed_has_the_log_of_the_uninterrupted_one(tmp_path)
     assert child.exitcode == -signal.SIGKILL
     assert [line["update"] for line in lines(broken / "log.jsonl")] == list(range(1, 9))
     with (broken / "log.jsonl").open("a") as file:
-        file.write('{"stage": "pursuit", "upda')  # killed while it wrote
+        file.write('{"stage": "pursuit", "upda' + 10_000 * "x")  # killed while it wrote
     train(broken, tmp_path / "b", resume=True)
     assert untimed(lines(broken / "log.jsonl")) == untimed(lines(whole / "log.jsonl"))
     assert [line["update"] for line in lines(broken / "log.jsonl")] == list(range(1, 13))

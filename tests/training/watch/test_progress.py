@@ -110,6 +110,7 @@ def test_a_terminal_shows_bars_of_several_stages_and_the_figures_of_the_last():
             for update in (50, 100) if stage == "reflow" else (20, 40):
                 clock.now += 10
                 shown(a_report(update, stage, skipped={"student": 2}))
+        shown.say("no room for a picture")
         file.truncate(0)
         shown._live.refresh()
         screen = file.getvalue()
