@@ -1,10 +1,11 @@
 """Figures of a student while it learns: those of the finished one, of the same noise every time."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
-from fastdistill.training import Method, Teacher
+from fastdistill.training import Method, Teacher, validation
 from fastdistill.training.pipelines import one_step_scheduler
 from fastdistill.training.sampling import sample, sampler_of
 from fastdistill.training.validation import ValidationConfig, Validator, digits_validation
@@ -119,6 +120,22 @@ def test_with_features_it_is_their_frechet_distance(teacher, folder, named):
     expected = frechet_distance(thumbnails(eight_bits), thumbnails(made(teacher, 6, seed=1)))
     assert validator(teacher.unet, OneStep()) == {"fd": pytest.approx(expected, rel=1e-3)}
     assert expected > 1e-3
+
+
+def test_inception_weights_give_fid_of_images_as_it_reads_them(teacher, folder, monkeypatch):
+    def statistics(batches, weights, *, batch_size, device):
+        assert weights == "inception.pth"
+        gathered = FrechetStatistics()
+        for batch in batches:
+            assert 0 <= batch.min() < batch.max() <= 1
+            gathered.update(thumbnails(2 * batch - 1))
+        return gathered
+
+    monkeypatch.setattr(validation, "inception_statistics", statistics)
+    config = ValidationConfig("reference", count=6, seed=1, reference=str(folder), features="inception.pth")
+    figures = Validator(config, teacher, PROMPTS)(teacher.unet, OneStep())
+    ours = Validator(replace(config, features=None), teacher, PROMPTS, features=thumbnails)
+    assert figures == {"fid": pytest.approx(ours(teacher.unet, OneStep())["fd"], rel=1e-3)}
 
 
 def test_statistics_gathered_before_serve_as_a_reference(teacher, tmp_path):

@@ -64,7 +64,7 @@ def watch(
         folder: made if it is not there; None shows the progress and keeps nothing.
         teacher: to draw pictures with; None draws none.
         prompts: what the student shall be able to draw; needed for pictures.
-        config: of the run, for the report.
+        config: of the run, for the report, and to know whether the last student is delivered or the best.
         picture_every: updates of the student between two pictures, at the reports that come next; None for ten of a
             stage.
         seed: of the pictures' noise.
@@ -269,12 +269,13 @@ class Keeper:
         try:
             do()
         except Exception as error:  # whatever it is, it is worth less than the run
-            self._leave_out(f"{what}: {type(error).__name__}: {error}")
+            kind = f"{what}: {type(error).__name__}"
+            if not any(each.startswith(kind) for each in self.left_out):  # one sentence, whatever its numbers
+                self._leave_out(f"{kind}: {error}")
 
     def _leave_out(self, sentence: str) -> None:
-        if sentence not in self.left_out:
-            self.left_out.append(sentence)
-            self._say(sentence)
+        self.left_out.append(sentence)
+        self._say(sentence)
 
 
 def pictures_of(folder: Path, stage: str) -> dict[int, Path]:

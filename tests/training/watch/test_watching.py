@@ -1,6 +1,7 @@
 """Watching a run: everything is kept, nothing is changed by it, and what fails is not the run's concern."""
 
 import io
+import itertools
 import json
 
 import numpy as np
@@ -110,16 +111,19 @@ def test_a_resumed_run_continues_log_and_pictures_without_a_step_twice(teacher, 
 
 
 def test_a_picture_that_fails_is_said_once_and_the_run_goes_on(teacher, tmp_path, quiet, few_curves, monkeypatch):
+    tries = itertools.count()
+
     def no_room(*args):
-        raise torch.OutOfMemoryError("no room")
+        raise torch.OutOfMemoryError(f"no room for {next(tries)} bytes")
 
     monkeypatch.setattr(Samples, "of_student", no_room)
     with watch(tmp_path, teacher=teacher, prompts=PROMPTS, picture_every=1, console=quiet) as callback:
         result = distill(teacher, PROMPTS, CONFIG, callback=callback)
     assert result.run.updates["student"] == 4
     assert updates(tmp_path) == [1, 2, 3, 4]
+    assert next(tries) > 4
     assert said(quiet).count("no room") == 1
-    assert "pictures: OutOfMemoryError: no room" in (tmp_path / "report.html").read_text()
+    assert "pictures: OutOfMemoryError: no room for 0 bytes" in (tmp_path / "report.html").read_text()
 
 
 def test_a_log_that_cannot_be_written_is_said_once_and_catches_up(teacher, tmp_path, quiet, few_curves, monkeypatch):
