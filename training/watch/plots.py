@@ -147,12 +147,14 @@ def _mark_best(
     if best is not None and best in updates:
         value = values[list(updates).index(best)]
         axes.axvline(best, color=colours["accent"], linewidth=0.8, linestyle=":")
+        late = best > updates.mean()
         if index == 0:
             axes.annotate(
                 f"best: {value:.3g}",
                 (best, value),
-                xytext=(4, 8),
+                xytext=(-4, 8) if late else (4, 8),
                 textcoords="offset points",
+                ha="right" if late else "left",
                 color=colours["accent"],
                 fontsize=9,
             )

@@ -29,6 +29,7 @@ _CSS = """
 .curves .wide { flex-basis: 100%; }
 .curve { display: block; max-width: 100%; height: auto; margin-top: 12px; }
 .lead + .warning { margin-top: 0; }
+.figures dd { font-size: 36px; white-space: nowrap; }
 .samples { display: grid; gap: 26px; margin-top: 22px; }
 .prompts { display: grid; grid-template-columns: repeat(10, 1fr); gap: 4px; font-size: 12px; line-height: 1.3;
   color: var(--soft); padding: 0; margin: 8px 0 0; list-style: none; text-align: center; }

@@ -50,7 +50,7 @@ def train(folder, checkpoints, killed_after=None, resume=False):
         return trainer.run(callback)
 
 
-def test_a_run_killed_and_resumed_has_the_log_of_the_uninterrupted_one(tmp_path):
+def test_a_run_killed_and_resumed_has_the_log_of_the_uninterrupted_one(tmp_path, few_curves):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     train(whole, tmp_path / "a")
     child = multiprocessing.get_context("fork").Process(target=train, args=(broken, tmp_path / "b", 8))

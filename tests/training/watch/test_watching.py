@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import pytest
@@ -33,14 +34,6 @@ def teacher():
 @pytest.fixture
 def quiet():
     return Console(file=io.StringIO(), width=200)
-
-
-@pytest.fixture
-def few_curves(monkeypatch):
-    """One pixel each: drawing takes time, and is tested elsewhere."""
-    file = io.BytesIO()
-    Image.new("RGB", (1, 1)).save(file, "PNG")
-    monkeypatch.setattr(watching, "plot_png", lambda lines, group, colours: file.getvalue())
 
 
 def updates(folder):
@@ -108,6 +101,45 @@ def test_a_resumed_run_continues_log_and_pictures_without_a_step_twice(teacher, 
         distill(teacher, PROMPTS, CONFIG, callback=callback, checkpoints=checkpoints, resume=True)
     assert updates(folder) == [1, 2, 3, 4]
     assert {path.name: path.read_bytes() for path in (folder / "pictures").iterdir()} == whole
+
+
+@dataclass(frozen=True)
+class TwoStages(DMDConfig):
+    """The same training twice; the second is of the student."""
+
+    def stages(self, setup):
+        for name in ("first", "second"):
+            for stage in super().stages(setup):
+                yield replace(stage, name=name, is_last=name == "second")
+
+
+def test_several_stages_stand_after_one_another_also_when_the_last_is_resumed(teacher, tmp_path, quiet, few_curves):
+    folder, checkpoints = tmp_path / "run", tmp_path / "checkpoints"
+    config = TwoStages(**{each.name: getattr(CONFIG, each.name) for each in fields(CONFIG)})
+    given = {"teacher": teacher, "prompts": PROMPTS, "config": config, "picture_every": 2, "console": quiet}
+
+    def run(resume, stop=None):
+        with watch(folder, resume=resume, **given) as callback:
+
+            def stopping(progress):
+                callback(progress)
+                return (progress.stage, progress.update) == stop
+
+            stopping.begin, stopping.end = callback.begin, callback.end
+            distill(teacher, PROMPTS, config, callback=stopping, checkpoints=checkpoints, resume=resume)
+
+    run(resume=False, stop=("second", 3))
+    first = (folder / "pictures/first-00000004.png").read_bytes()
+    run(resume=True)
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [(line["stage"], line["update"]) for line in lines] == [
+        (s, u) for s in ("first", "second") for u in (1, 2, 3, 4)
+    ]
+    assert (folder / "pictures/first-00000004.png").read_bytes() == first
+    page = (folder / "report.html").read_text()
+    assert page.index("Curves of first") < page.index("Curves of second")
+    assert "after 4 updates of first, delivered" in page
+    assert "after 4 updates of second, delivered" in page
 
 
 def test_a_picture_that_fails_is_said_once_and_the_run_goes_on(teacher, tmp_path, quiet, few_curves, monkeypatch):
