@@ -37,6 +37,8 @@ h3 { font-size: 17px; line-height: 1.3; font-weight: 650; margin: 20px 0 0; }
 details { margin-top: 16px; }
 summary { cursor: pointer; color: var(--soft); }
 td:first-child, th:first-child { white-space: normal; }
+tbody th { font-size: inherit; color: var(--ink); padding-top: 11px; padding-bottom: 11px; vertical-align: baseline;
+  border-bottom: 1px solid var(--line); }
 caption { text-align: left; color: var(--soft); font-size: 13.5px; padding-bottom: 4px; }
 @media (max-width: 820px) { .prompts { font-size: 9px; } .facts { grid-template-columns: 1fr; } }
 @media print { h2, figure { break-inside: avoid; } }
