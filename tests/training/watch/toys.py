@@ -1,6 +1,5 @@
 """Reports of a run that never was."""
 
-import torch
 from fastdistill.training import Method, TrainingProgress
 from fastdistill.training.pipelines import one_step_scheduler
 
@@ -28,7 +27,3 @@ def a_report(update, stage="reflow", total=100, student=None, **changes):
     }
     given = figures | changes
     return TrainingProgress(stage, update, total, 2.0 * update, student=student, method=Drawn(), **given)
-
-
-def rng():
-    return torch.get_rng_state()
