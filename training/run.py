@@ -1,0 +1,282 @@
+"""A whole run as one configuration, from a YAML file, single settings and options: read, checked, executed, recorded."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastdistill.models import resolve_model
+
+from .card import student_card
+from .digits import digits_card, digits_prompts
+from .distill import Callback, Distilled, distill
+from .documented import commented_yaml, shown
+from .pipelines import EXPORT_DTYPES, check_output_folder
+from .recipe import MethodConfig
+from .registry import METHODS, config_class
+from .settings import SettingsError, from_dict, from_settings, from_yaml, leaves, plain, to_dict
+from .teacher import Teacher
+
+RUN_FILE = "run.yaml"
+DIGITS = "digits"
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A whole run: whom to distil, with what, by which method, and where the student goes.
+
+    Attributes:
+        teacher: a bundled name, or a folder in the diffusers layout.
+        prompts: a text file with one prompt a line, "digits" for every caption of the ten digits, or a list of prompts.
+        pairs: folder of pairs that were made before; null lets a method that needs pairs make its own.
+        out: pipeline folder to write; a pipeline that is there is replaced.
+        export_dtype: of the student's weights on disk: float16, bfloat16 or float32.
+        device: cpu, cuda, cuda:1 …; null takes a GPU if there is one.
+        checkpoints: folder for checkpoints and the run's configuration (run.yaml); null keeps none. With it, SIGTERM
+            and SIGINT save one and end the run with exit code 0.
+        method: its settings, and those of the loop (trainer) and of the roles that train.
+    """
+
+    method: MethodConfig
+    teacher: str = "digits-teacher"
+    prompts: str | tuple[str, ...] = DIGITS
+    pairs: Path | None = None
+    out: Path | None = None
+    export_dtype: str = "float16"
+    device: str | None = None
+    checkpoints: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.export_dtype not in EXPORT_DTYPES:
+            raise ValueError(f"export_dtype must be one of {', '.join(EXPORT_DTYPES)}; got {self.export_dtype!r}")
+
+    @property
+    def is_of_digits(self) -> bool:
+        return self.prompts == DIGITS
+
+
+def load_run(
+    method: str | None = None,
+    file: str | Path | None = None,
+    settings: Sequence[str] = (),
+    **options: Any,
+) -> RunConfig:
+    """The configuration of a run: defaults, then the YAML file, then the settings, then the options, the last one wins.
+
+    Args:
+        method: name of the method; None takes it from the file.
+        file: YAML with the fields of `RunConfig`; under `method` its settings, with its `name`.
+        settings: lines "NAME=VALUE": a setting of the method by its dotted name, or a field of the run.
+        options: fields of `RunConfig`, and `seed` and `updates` of the method's trainer; None is not given.
+
+    Raises:
+        SettingsError: an unknown name, with the nearest known one, or a value that cannot be, saying where it was read.
+        ValueError: an unknown method.
+    """
+    values = {} if file is None else from_yaml(file)
+    name = _method_name(method, values, file)
+    run = RunConfig(method=config_class(name)())
+    run = _from(f"{file}: ", RunConfig, values, run)
+    for section in _by_section(from_settings(settings), run):
+        if "method" in section:
+            run = replace(run, method=_from("--set ", type(run.method), section["method"], run.method))
+        else:
+            run = _from("--set ", RunConfig, section, run)
+    for option, value in options.items():
+        if value is not None:
+            nested = {"method": {"trainer": {option: value}}} if option in ("seed", "updates") else {option: value}
+            run = _from(f"--{option.replace('_', '-')} {value}: ", RunConfig, nested, run)
+    return run
+
+
+def run_yaml(run: RunConfig) -> str:
+    """The whole configuration with what every setting means as comments: what `load_run` reads."""
+    return f"# fastdistill train {run.method.method} --config THIS_FILE\n\n{commented_yaml(run)}"
+
+
+def command(run: RunConfig, out: str | None = None) -> str:
+    """The command line that makes this run again: its options that are not at their defaults.
+
+    out: in place of `run.out`.
+    """
+    default = RunConfig(method=type(run.method)())
+    words = ["fastdistill", "train", run.method.method, "--teacher", run.teacher]
+    for name in ("prompts", "pairs", "export_dtype", "device", "checkpoints"):
+        value = getattr(run, name)
+        if isinstance(value, tuple):
+            words += ["--set", f"{name}={shown(value)}"]
+        elif value != getattr(default, name) or name == "prompts":
+            words += [f"--{name.replace('_', '-')}", str(value)]
+    words += ["--out", out or str(run.out), "--seed", str(run.method.trainer.seed)]
+    before = {name: value for name, value, *_ in leaves(default.method)}
+    for name, value, *_ in leaves(run.method):
+        if name != "trainer.seed" and (name not in before or value != before[name]):
+            words += ["--set", f"{name}={shown(value)}"]
+    return shlex.join(words)
+
+
+def check_run(run: RunConfig, *, resume: bool = False, writes: bool = True) -> list[str]:
+    """The prompts of a run that can start, as far as that is known before anything is computed or written.
+
+    Raises:
+        ValueError: naming what cannot be: prompts, teacher, pairs, device, checkpoints.
+        OSError: `out` cannot be written.
+    """
+    prompts = read_prompts(run.prompts)
+    if writes:
+        if run.out is None:
+            raise ValueError("out: is missing; needed --out FOLDER, where the student goes")
+        check_output_folder(run.out)
+    if resume and run.checkpoints is None:
+        raise ValueError("--resume needs --checkpoints, the folder of the run to continue")
+    if resume and not any(run.checkpoints.glob("*/step-*")):
+        raise ValueError(f"--resume: there is no checkpoint in {run.checkpoints}")
+    resolve_model(run.teacher)
+    if run.pairs is not None and not run.pairs.is_dir():
+        raise ValueError(f"pairs {run.pairs}: no such folder")
+    chosen_device(run.device)
+    return prompts
+
+
+def train(run: RunConfig, *, resume: bool = False, callback: Callback | None = None) -> Distilled:
+    """Execute a run up to its student, which is not yet saved; see `save_student`.
+
+    With `run.checkpoints`, the configuration is written there as `run.yaml`. Otherwise as `distill`.
+
+    Raises: as `check_run` and `distill`.
+    """
+    prompts = check_run(run, resume=resume)
+    written = False
+
+    def report(progress) -> bool | None:
+        nonlocal written
+        if run.checkpoints is not None and not written:
+            written = True
+            _write(run.checkpoints / RUN_FILE, run_yaml(run))
+        return callback(progress) if callback is not None else None
+
+    device = chosen_device(run.device)
+    teacher = Teacher(run.teacher, device)
+    result = distill(
+        teacher,
+        prompts,
+        run.method,
+        pairs=run.pairs,
+        callback=report,
+        checkpoints=run.checkpoints,
+        resume=resume,
+    )
+    return replace(result, facts=result.facts | {"run": _facts(run, prompts)})
+
+
+def save_student(run: RunConfig, result: Distilled) -> Path:
+    """The student of a run as a pipeline folder at `run.out`, with its model card."""
+    name = run.out.name
+    card = student_card(name, result.facts, teacher_folder=result.teacher_folder, command=command(run, out=name))
+    if run.is_of_digits:
+        card = digits_card(name, METHODS[run.method.method], command(run, out=name), result.facts)
+    return result.save(run.out, card, dtype=EXPORT_DTYPES[run.export_dtype])
+
+
+def read_prompts(prompts: str | Sequence[str]) -> list[str]:
+    """What `RunConfig.prompts` stands for.
+
+    Raises:
+        ValueError: no such file, or no prompt in it or in the list.
+    """
+    if prompts == DIGITS:
+        return digits_prompts()
+    if isinstance(prompts, str):
+        try:
+            lines = Path(prompts).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise ValueError(
+                f'prompts {prompts}: {reason}; needed a text file with one prompt a line, or "{DIGITS}"'
+            ) from error
+    else:
+        lines = list(prompts)
+    found = [line.strip() for line in lines if line.strip()]
+    if not found:
+        raise ValueError(f"prompts {prompts if isinstance(prompts, str) else list(prompts)}: there is no prompt in it")
+    return found
+
+
+def chosen_device(name: str | None) -> torch.device:
+    """The device of this name; None is a GPU if there is one.
+
+    Raises:
+        ValueError: no device, or one that is not there.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device {name}: needed cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device {name}: needed cpu, cuda or cuda:N")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {name}: this torch sees no NVIDIA GPU")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {name}: there are {torch.cuda.device_count()} GPUs, counted from 0")
+    return device
+
+
+def _method_name(method: str | None, values: dict[str, Any], file: str | Path | None) -> str:
+    """Which method is meant; `values` are left with its settings alone."""
+    section = values.get("method")
+    section = {"name": section} if isinstance(section, str) else {} if section is None else section
+    if not isinstance(section, dict):
+        raise SettingsError(f"{file}: method: needed a name, or settings; got {section!r}")
+    section = dict(section)
+    named = section.pop("name", None)
+    if file is not None:
+        values["method"] = section
+    if method is None and named is None:
+        raise SettingsError(f"{file}: method.name: is missing; known are {', '.join(METHODS)}")
+    if None not in (method, named) and method != named:
+        raise SettingsError(f"{file}: method.name: the file is for {named}; the command is {method}")
+    return method or named
+
+
+def _by_section(values: dict[str, Any], run: RunConfig) -> list[dict[str, Any]]:
+    """The settings of the method, which come first where a name is both's, and the fields of the run."""
+    of_method = {field.name for field in fields(run.method)}
+    of_run = {field.name for field in fields(run)} - {"method"}
+    method, rest = {}, {}
+    for name, value in values.items():
+        if name == "method" and isinstance(value, dict):
+            method |= value
+        elif name not in of_method and (name in of_run or difflib.get_close_matches(name, of_run - of_method, n=1)):
+            rest[name] = value
+        else:
+            method[name] = value
+    return [{"method": method}] * bool(method) + [rest] * bool(rest)
+
+
+def _from(source: str, kind: type, values: dict[str, Any], before: Any) -> Any:
+    try:
+        return from_dict(kind, values, before)
+    except SettingsError as error:
+        raise SettingsError(f"{source}{error}") from error.__cause__
+
+
+def _facts(run: RunConfig, prompts: list[str]) -> dict[str, Any]:
+    """The run beside its method, whose configuration has a place of its own."""
+    facts = {name: value for name, value in to_dict(run).items() if name not in ("method", "out", "checkpoints")}
+    return plain(facts) | {"example": prompts[0]}
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.partial")
+    scratch.write_text(text, encoding="utf-8")
+    os.replace(scratch, path)
