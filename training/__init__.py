@@ -11,9 +11,11 @@ from .draws import Draws
 from .method import Losses, Method, Step, Turn
 from .pairs import Pairs, make_pairs
 from .pipelines import TeacherError
+from .progress import Run, TrainingProgress
 from .recipe import MethodConfig, Setup, Stage
 from .teacher import Teacher
-from .trainer import Diverged, Run, Trainer, TrainingProgress
+from .trainer import Diverged, Trainer
+from .world import World, world_of_environment
 
 __all__ = [
     "DMD",
@@ -42,7 +44,9 @@ __all__ = [
     "TrainerConfig",
     "TrainingProgress",
     "Turn",
+    "World",
     "check_gradient_contract",
     "distill",
     "make_pairs",
+    "world_of_environment",
 ]
