@@ -5,6 +5,7 @@ from .condition import Condition
 from .config import RoleConfig, TrainerConfig
 from .contract import GradientContractError, check_gradient_contract
 from .data import Data, LatentData, PromptData
+from .digits import digits_images
 from .distill import Distilled, distill
 from .dmd import DMD, DMDConfig
 from .draws import Draws
@@ -46,6 +47,7 @@ __all__ = [
     "Turn",
     "World",
     "check_gradient_contract",
+    "digits_images",
     "distill",
     "make_pairs",
     "world_of_environment",
