@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fastdistill import __version__
 
+from .card import package_commit, student_card
 from .data import Data
 from .dmd import DMDConfig
 from .pipelines import save_pipeline, student_pipeline
 from .recipe import MethodConfig, Setup, Stage
+from .settings import to_dict
 from .teacher import Teacher
 from .trainer import Run, Trainer, TrainingProgress, Validate
 from .world import World
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 Callback = Callable[[TrainingProgress], bool | None]
+ValidatePipeline = Callable[["DiffusionPipeline", dict[str, Any]], Mapping[str, float]]
 
 
 @dataclass(frozen=True)
@@ -41,14 +44,23 @@ class Distilled:
     facts: dict
     teacher_folder: Path | None
 
-    def save(self, folder: str | Path, card: str | None = None) -> Path:
-        """Write an ordinary diffusers pipeline folder (float16 UNet) with `fastdistill.json` beside it.
+    def save(self, folder: str | Path, card: str | None = None, dtype: torch.dtype = torch.float16) -> Path:
+        """Write an ordinary diffusers pipeline folder with `fastdistill.json` and a model card beside it.
 
-        `card` is a model card in Markdown, written as its `README.md`. A pipeline folder that is there is replaced;
-        anything else that is not empty raises FileExistsError.
+        Args:
+            folder: a pipeline folder that is there is replaced; anything else that is not empty raises FileExistsError.
+            card: Markdown for its `README.md`; None writes one from the facts.
+            dtype: of the student's weights on disk.
+
+        Raises:
+            FileExistsError, PermissionError: `folder` cannot be written.
+            ValueError: weights too large for `dtype`, named.
         """
-        save_pipeline(self.pipeline, folder, self.facts, card=card, frozen_parts=self.teacher_folder)
-        return Path(folder)
+        folder = Path(folder)
+        if card is None:
+            card = student_card(folder.absolute().name, self.facts, teacher_folder=self.teacher_folder)
+        save_pipeline(self.pipeline, folder, self.facts, card=card, dtype=dtype, frozen_parts=self.teacher_folder)
+        return folder
 
 
 def distill(
@@ -62,7 +74,7 @@ def distill(
     device: str | torch.device | None = None,
     checkpoints: str | Path | None = None,
     resume: bool = False,
-    validate: Validate | None = None,
+    validate: ValidatePipeline | None = None,
     world: World | None = None,
 ) -> Distilled:
     """Distil a text-to-image teacher into one step, by the method whose configuration is given.
@@ -81,7 +93,9 @@ def distill(
             `config.trainer.checkpoint_every` updates and at the end, which SIGTERM and SIGINT bring about early; None
             for none.
         resume: continue from the newest checkpoint there; a resumed run equals an uninterrupted one bit for bit.
-        validate, world: as in `Trainer`; the last stage is validated.
+        validate: figures of the last stage's student, given as the pipeline that would be delivered now and how it is
+            sampled (`Method.sampling`); otherwise as in `Trainer`.
+        world: as in `Trainer`.
 
     Example:
         >>> config = DMDConfig(trainer=TrainerConfig(updates=100))
@@ -113,13 +127,16 @@ def distill(
     facts = {
         "method": config.method,
         "fastdistill": __version__,
+        "commit": package_commit(),
+        "network": type(run.student).__name__,
         "sampling": stage.method.sampling(),
         "prediction_type": teacher.prediction_type,
         "zero_terminal_snr": bool(teacher.schedule.alpha[-1] == 0),
         "teacher": teacher.facts(),
         "prompts": len(prompts),
         "updates": run.updates,
-        "config": asdict(config),
+        "training": {"seconds": round(run.seconds, 1), "losses": run.losses, "validation": run.validation},
+        "config": to_dict(config),
     }
     scheduler = stage.method.scheduler(teacher.pipeline.scheduler)
     return Distilled(student_pipeline(teacher.pipeline, run.student, scheduler), run, facts, teacher.folder)
@@ -131,7 +148,7 @@ def _run_stages(
     callback: Callback | None,
     checkpoints: Path | None,
     resume: bool,
-    validate: Validate | None,
+    validate: ValidatePipeline | None,
     world: World | None,
 ) -> tuple[Stage, Run]:
     """The last stage that was run, and what became of it. A signal, or the callback, ends the run within a stage."""
@@ -145,7 +162,7 @@ def _run_stages(
             stage.trainer,
             stage.roles,
             folder=folder,
-            validate=validate if stage.is_last else None,
+            validate=_of_network(validate, stage, setup.teacher) if stage.is_last else None,
             stage=stage.name,
             world=world,
         )
@@ -158,3 +175,11 @@ def _run_stages(
             stage = stages.send(run.student)
         except StopIteration:
             return stage, run
+
+
+def _of_network(validate: ValidatePipeline | None, stage: Stage, teacher: Teacher) -> Validate | None:
+    if validate is None:
+        return None
+    scheduler = stage.method.scheduler(teacher.pipeline.scheduler)
+    sampling = stage.method.sampling()
+    return lambda student: validate(student_pipeline(teacher.pipeline, student, scheduler), sampling)

@@ -23,10 +23,20 @@ def summary(kind: type) -> str:
 
 
 def field_docs(kind: type) -> dict[str, str]:
-    """What the docstring's "Attributes:" say of each field, as one line; fields described together share it."""
+    """What the docstrings of a class and its bases say under "Attributes:" of each field, as one line.
+
+    Fields that are described together share it.
+    """
+    docs: dict[str, str] = {}
+    for each in reversed(kind.__mro__):
+        docs |= _own_docs(each)
+    return docs
+
+
+def _own_docs(kind: type) -> dict[str, str]:
     docs: dict[str, str] = {}
     names: list[str] = []
-    _, _, attributes = (inspect.getdoc(kind) or "").partition("Attributes:\n")
+    _, _, attributes = inspect.cleandoc(kind.__dict__.get("__doc__") or "").partition("Attributes:\n")
     for line in attributes.splitlines():
         if line and not line.startswith(" "):
             break
@@ -41,9 +51,7 @@ def field_docs(kind: type) -> dict[str, str]:
 
 def described(config: Any, place: str = "") -> list[tuple[str, str, str]]:
     """(dotted name, value, description) of every setting that has no settings of its own."""
-    return [
-        (name, shown(value), field_docs(kind).get(field, "")) for name, value, kind, field in leaves(config, place)
-    ]
+    return [(name, shown(value), field_docs(kind).get(field, "")) for name, value, kind, field in leaves(config, place)]
 
 
 def shown(value: Any) -> str:

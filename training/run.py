@@ -1,4 +1,4 @@
-"""A whole run as one configuration, from a YAML file, single settings and options: read, checked, executed, recorded."""
+"""A whole run as one configuration, from a YAML file, single settings and options: read, checked, executed."""
 
 from __future__ import annotations
 
@@ -15,25 +15,29 @@ import torch
 from fastdistill.models import resolve_model
 
 from .card import student_card
-from .digits import digits_card, digits_prompts
+from .data import Data
+from .digits import digits_card, digits_figures, digits_images, digits_prompts
 from .distill import Callback, Distilled, distill
 from .documented import commented_yaml, shown
 from .pipelines import EXPORT_DTYPES, check_output_folder
+from .progress import TrainingProgress
 from .recipe import MethodConfig
 from .registry import METHODS, config_class
 from .settings import SettingsError, from_dict, from_settings, from_yaml, leaves, plain, to_dict
 from .teacher import Teacher
+from .world import World
 
 RUN_FILE = "run.yaml"
 DIGITS = "digits"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """A whole run: whom to distil, with what, by which method, and where the student goes.
 
     Attributes:
         teacher: a bundled name, or a folder in the diffusers layout.
+        images: real samples for the methods that train on them: "digits"; null for none.
         prompts: a text file with one prompt a line, "digits" for every caption of the ten digits, or a list of prompts.
         pairs: folder of pairs that were made before; null lets a method that needs pairs make its own.
         out: pipeline folder to write; a pipeline that is there is replaced.
@@ -44,14 +48,15 @@ class RunConfig:
         method: its settings, and those of the loop (trainer) and of the roles that train.
     """
 
-    method: MethodConfig
     teacher: str = "digits-teacher"
     prompts: str | tuple[str, ...] = DIGITS
+    images: str | None = None
     pairs: Path | None = None
     out: Path | None = None
     export_dtype: str = "float16"
     device: str | None = None
     checkpoints: Path | None = None
+    method: MethodConfig
 
     def __post_init__(self) -> None:
         if self.export_dtype not in EXPORT_DTYPES:
@@ -108,7 +113,7 @@ def command(run: RunConfig, out: str | None = None) -> str:
     """
     default = RunConfig(method=type(run.method)())
     words = ["fastdistill", "train", run.method.method, "--teacher", run.teacher]
-    for name in ("prompts", "pairs", "export_dtype", "device", "checkpoints"):
+    for name in ("prompts", "images", "pairs", "export_dtype", "device"):
         value = getattr(run, name)
         if isinstance(value, tuple):
             words += ["--set", f"{name}={shown(value)}"]
@@ -117,8 +122,9 @@ def command(run: RunConfig, out: str | None = None) -> str:
     words += ["--out", out or str(run.out), "--seed", str(run.method.trainer.seed)]
     before = {name: value for name, value, *_ in leaves(default.method)}
     for name, value, *_ in leaves(run.method):
-        if name != "trainer.seed" and (name not in before or value != before[name]):
-            words += ["--set", f"{name}={shown(value)}"]
+        if name == "trainer.seed" or (name in before and value == before[name]):
+            continue
+        words += ["--updates", str(value)] if name == "trainer.updates" else ["--set", f"{name}={shown(value)}"]
     return shlex.join(words)
 
 
@@ -145,34 +151,50 @@ def check_run(run: RunConfig, *, resume: bool = False, writes: bool = True) -> l
     return prompts
 
 
-def train(run: RunConfig, *, resume: bool = False, callback: Callback | None = None) -> Distilled:
-    """Execute a run up to its student, which is not yet saved; see `save_student`.
+def open_images(run: RunConfig, teacher: Teacher) -> Data | None:
+    """The real samples of a run, None if it has none."""
+    return None if run.images is None else digits_images(teacher, seed=run.method.trainer.seed)
 
-    With `run.checkpoints`, the configuration is written there as `run.yaml`. Otherwise as `distill`.
+
+def train(
+    run: RunConfig, *, resume: bool = False, callback: Callback | None = None, world: World | None = None
+) -> Distilled:
+    """Execute a run up to its student, which is not yet saved (`save_student`).
+
+    With `run.checkpoints`, the configuration is written there as `run.yaml`. On the digits, validation measures them.
+    All else is as in `distill`.
 
     Raises: as `check_run` and `distill`.
     """
     prompts = check_run(run, resume=resume)
-    written = False
+    written = run.checkpoints is None or (world is not None and not world.is_first)
 
-    def report(progress) -> bool | None:
+    def record() -> None:
         nonlocal written
-        if run.checkpoints is not None and not written:
+        if not written:
             written = True
             _write(run.checkpoints / RUN_FILE, run_yaml(run))
+
+    def report(progress: TrainingProgress) -> bool | None:
+        record()  # not before: what is refused until then leaves nothing behind
         return callback(progress) if callback is not None else None
 
-    device = chosen_device(run.device)
-    teacher = Teacher(run.teacher, device)
+    trainer = run.method.trainer
+    validates = run.is_of_digits and (trainer.validate_every > 0 or trainer.deliver == "best")
+    teacher = Teacher(run.teacher, chosen_device(run.device))
     result = distill(
         teacher,
         prompts,
         run.method,
+        images=open_images(run, teacher),
         pairs=run.pairs,
         callback=report,
         checkpoints=run.checkpoints,
         resume=resume,
+        validate=digits_figures if validates else None,
+        world=world,
     )
+    record()
     return replace(result, facts=result.facts | {"run": _facts(run, prompts)})
 
 
@@ -181,7 +203,7 @@ def save_student(run: RunConfig, result: Distilled) -> Path:
     name = run.out.name
     card = student_card(name, result.facts, teacher_folder=result.teacher_folder, command=command(run, out=name))
     if run.is_of_digits:
-        card = digits_card(name, METHODS[run.method.method], command(run, out=name), result.facts)
+        card = digits_card(name, command(run, out=name), result.facts)
     return result.save(run.out, card, dtype=EXPORT_DTYPES[run.export_dtype])
 
 
