@@ -139,6 +139,7 @@ def _command(method: str) -> Callable[..., None]:
             elif dry_run:
                 _dry_run(run, as_json)
             else:
+                check_run(run, resume=resume)
                 with world_of_environment(chosen_device(run.device)) as world:
                     _train(run, resume, world)
 
@@ -211,6 +212,7 @@ def _progress_bar(shown: bool) -> Iterator[Callable[[TrainingProgress], None]]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         console=errors,
+        transient=True,
         disable=not shown,
     )
     with bar:

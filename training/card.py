@@ -13,8 +13,6 @@ import fastdistill
 
 from .registry import METHODS
 
-_UNKNOWN_LICENCE = "the teacher's, unknown here"
-
 
 def student_card(
     name: str, facts: Mapping[str, Any], *, teacher_folder: Path | None = None, command: str | None = None
@@ -128,6 +126,7 @@ def _origin(facts: Mapping[str, Any], licence: str | None) -> str:
     run, teacher = facts.get("run", {}), facts["teacher"]
     prompts = run.get("prompts")
     source = f", from `{prompts}`" if isinstance(prompts, str) else ""
+    of_teacher = "the teacher's, unknown here" if licence is None else f"{licence}, as the teacher's card says"
     images, pairs = facts.get("images") or run.get("images"), run.get("pairs")
     return "\n".join(
         [
@@ -135,8 +134,7 @@ def _origin(facts: Mapping[str, Any], licence: str | None) -> str:
             f"- Prompts: {facts['prompts']}{source}.",
             f"- Real images: {_source(images)}.",
             f"- Pairs of noise and sample: {f'`{pairs}`' if pairs else 'none were given'}.",
-            f"- Licence: {_UNKNOWN_LICENCE if licence is None else f'{licence}, as the card of the teacher says'}. Images "
-            "and prompts may add terms of their own.",
+            f"- Licence: {of_teacher}. Images and prompts may add terms of their own.",
         ]
     )
 

@@ -157,7 +157,6 @@ def plan(
 
 def render(plan: Plan) -> Group:
     """The plan as tables for a terminal."""
-    from rich.box import SIMPLE_HEAD
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
@@ -165,7 +164,7 @@ def render(plan: Plan) -> Group:
     lines: list[Any] = []
     for stage in plan.stages:
         title = f"{plan.method}, stage {stage.name}, on {plan.device}"
-        table = Table(title=title, title_justify="left", title_style="", box=SIMPLE_HEAD, pad_edge=False)
+        table = Table(title=title, title_justify="left", title_style="", box=None, header_style="bold", pad_edge=False)
         table.add_column("role", no_wrap=True)
         for heading in ("values", "weights", "gradients", "optimiser", "average", "saved", "updates"):
             table.add_column(heading, justify="right", no_wrap=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -99,6 +99,16 @@ def load_run(
             nested = {"method": {"trainer": {option: value}}} if option in ("seed", "updates") else {option: value}
             run = _from(f"--{option.replace('_', '-')} {value}: ", RunConfig, nested, run)
     return run
+
+
+def run_of(facts: Mapping[str, Any]) -> RunConfig:
+    """The run that a student's `fastdistill.json` tells of, without the places it was written to.
+
+    Raises:
+        SettingsError: a configuration of another version of this package.
+    """
+    told = {name: value for name, value in facts.get("run", {}).items() if name != "example"}
+    return from_dict(RunConfig, told | {"method": facts["config"]}, RunConfig(method=config_class(facts["method"])()))
 
 
 def run_yaml(run: RunConfig) -> str:
