@@ -10,7 +10,7 @@ from .distill import Distilled, distill
 from .dmd import DMD, DMDConfig
 from .draws import Draws
 from .method import Losses, Method, Step, Turn
-from .pairs import Pairs, make_pairs
+from .pairs import Pairs, PairSetError, load_pairs, make_pairs, pairs_for
 from .pipelines import TeacherError
 from .progress import Run, TrainingProgress
 from .recipe import MethodConfig, Setup, Stage
@@ -32,6 +32,7 @@ __all__ = [
     "Losses",
     "Method",
     "MethodConfig",
+    "PairSetError",
     "Pairs",
     "PromptData",
     "RoleConfig",
@@ -49,6 +50,8 @@ __all__ = [
     "check_gradient_contract",
     "digits_images",
     "distill",
+    "load_pairs",
     "make_pairs",
+    "pairs_for",
     "world_of_environment",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -11,7 +11,9 @@ from torch import Tensor
 from .condition import Condition
 from .config import require
 from .draws import Draws
-from .pairs import Pairs
+
+if TYPE_CHECKING:
+    from .pairs import Pairs
 
 
 class Data(Protocol):
