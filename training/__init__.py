@@ -8,10 +8,13 @@ from .data import Data, LatentData, PromptData
 from .distill import Distilled, distill
 from .dmd import DMD, DMDConfig
 from .draws import Draws
+from .flow import Reflow, ReflowConfig
+from .instaflow import FlowDistillation, InstaFlowConfig
 from .method import Losses, Method, Step, Turn
 from .pairs import Pairs, make_pairs
 from .pipelines import TeacherError
 from .recipe import MethodConfig, Setup, Stage
+from .straight_path import StraightPath, flow_straightness
 from .teacher import Teacher
 from .trainer import Diverged, Run, Trainer, TrainingProgress
 
@@ -24,18 +27,23 @@ __all__ = [
     "Distilled",
     "Diverged",
     "Draws",
+    "FlowDistillation",
     "GradientContractError",
+    "InstaFlowConfig",
     "LatentData",
     "Losses",
     "Method",
     "MethodConfig",
     "Pairs",
     "PromptData",
+    "Reflow",
+    "ReflowConfig",
     "RoleConfig",
     "Run",
     "Setup",
     "Stage",
     "Step",
+    "StraightPath",
     "Teacher",
     "TeacherError",
     "Trainer",
@@ -44,5 +52,6 @@ __all__ = [
     "Turn",
     "check_gradient_contract",
     "distill",
+    "flow_straightness",
     "make_pairs",
 ]

@@ -116,6 +116,7 @@ def distill(
         "prompts": len(prompts),
         "updates": run.updates,
         "config": asdict(config),
+        **({"figures": figures} if (figures := stage.method.figures()) else {}),
     }
     scheduler = stage.method.scheduler(teacher.pipeline.scheduler)
     return Distilled(student_pipeline(teacher.pipeline, run.student, scheduler), run, facts, teacher.folder)
