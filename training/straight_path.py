@@ -73,7 +73,7 @@ class StraightPath:
     ) -> Tensor:
         """data - noise (B, ...) in x_t's dtype, of x_t (B, ...) at t (B,) in [0, 1); guided as `predict_guided`.
 
-        All but the network is affine in its prediction, so guiding that is guiding the velocity (2309.06380, section 3).
+        All but the network is affine in its prediction, so guiding that guides the velocity (2309.06380).
         """
         share = 1.0 - t.to(torch.promote_types(torch.float32, x_t.dtype))
         scale = torch.ones_like(share) if self.is_flow else 1.0 / torch.hypot(1.0 - share, share)
