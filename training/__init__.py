@@ -13,10 +13,12 @@ from .instaflow import FlowDistillation, InstaFlowConfig
 from .method import Losses, Method, Step, Turn
 from .pairs import Pairs, make_pairs
 from .pipelines import TeacherError
+from .progress import Run, TrainingProgress
 from .recipe import MethodConfig, Setup, Stage
 from .straight_path import StraightPath, flow_straightness
 from .teacher import Teacher
-from .trainer import Diverged, Run, Trainer, TrainingProgress
+from .trainer import Diverged, Trainer
+from .world import World, world_of_environment
 
 __all__ = [
     "DMD",
@@ -50,8 +52,10 @@ __all__ = [
     "TrainerConfig",
     "TrainingProgress",
     "Turn",
+    "World",
     "check_gradient_contract",
     "distill",
     "flow_straightness",
     "make_pairs",
+    "world_of_environment",
 ]
