@@ -114,7 +114,7 @@ def distill(
         "method": config.method,
         "fastdistill": __version__,
         "sampling": stage.method.sampling(),
-        "prediction_type": teacher.prediction_type,
+        "prediction_type": stage.method.facts().get("prediction_type", teacher.prediction_type),
         "zero_terminal_snr": bool(teacher.schedule.alpha[-1] == 0),
         "teacher": teacher.facts(),
         "prompts": len(prompts),

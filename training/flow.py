@@ -91,7 +91,7 @@ class ReflowConfig:
     def stages(self, setup: Setup) -> Generator[Stage, nn.Module, None]:
         """One per rectification."""
         require("rectifications", self.rectifications, self.rectifications >= 1, "1 or more for the method reflow")
-        yield from rectify(self, setup)
+        yield from rectify(self, setup, delivers=True)
 
 
 @dataclass(frozen=True)
@@ -113,8 +113,11 @@ class Flow:
     measured: dict[str, float] = field(default_factory=dict)
 
 
-def rectify(config: ReflowConfig, setup: Setup) -> Generator[Stage, nn.Module, Flow]:
-    """Stages of reflow, each sent its trained network; returns the last rectified flow, or with none the teacher's."""
+def rectify(config: ReflowConfig, setup: Setup, *, delivers: bool) -> Generator[Stage, nn.Module, Flow]:
+    """Stages of reflow, each sent its trained network; returns the last rectified flow, or with none the teacher's.
+
+    delivers: whether the last one is what the run is for.
+    """
     teacher = setup.teacher
     guided = config.prompt_dropout > 0 or config.flow_guidance_scale != 1 or config.guidance_scale != 1
     unconditional = teacher.unconditional if guided else None
@@ -135,7 +138,8 @@ def rectify(config: ReflowConfig, setup: Setup) -> Generator[Stage, nn.Module, F
             measured=flow.measured,
         )
         data = PromptData(setup.conditions, teacher.sample_shape, flow_pairs(flow, config, setup, number))
-        network = yield Stage(f"reflow-{number}", method, data, config.trainer, role_configs(config))
+        is_last = delivers and number == config.rectifications
+        network = yield Stage(f"reflow-{number}", method, data, config.trainer, role_configs(config), is_last)
         flow = Flow(network, path, config.flow_guidance_scale, unconditional, flow.measured)
         _measure(flow, config, setup)
     return flow
@@ -290,6 +294,7 @@ def flow_scheduler() -> Any:
         use_flow_sigmas=True,
         flow_shift=1.0,
         solver_order=1,
+        steps_offset=1,  # what pipelines ask of every scheduler; of no meaning here
         final_sigmas_type="zero",
     )
 

@@ -63,7 +63,7 @@ class InstaFlowConfig:
     def stages(self, setup: Setup) -> Generator[Stage, nn.Module, None]:
         """Those of reflow, then the distillation by squared error, then the one by LPIPS."""
         lpips = self._lpips(setup)
-        flow = yield from rectify(self.reflow, setup)
+        flow = yield from rectify(self.reflow, setup, delivers=False)
         data = PromptData(
             setup.conditions,
             setup.teacher.sample_shape,
@@ -73,7 +73,7 @@ class InstaFlowConfig:
         frozen = {"decoder": setup.teacher.pipeline.vae} if self.space == "pixel" else {}
         decode = setup.teacher.decode if self.space == "pixel" else None
         method = FlowDistillation(network, flow.path, decode=decode, frozen=frozen, measured=flow.measured)
-        network = yield Stage("distillation", method, data, self.trainer, role_configs(self))
+        network = yield Stage("distillation", method, data, self.trainer, role_configs(self), lpips is None)
         if lpips is not None:
             method = FlowDistillation(
                 network,

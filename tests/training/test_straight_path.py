@@ -1,6 +1,7 @@
 """A variance-preserving network as a flow on the straight path: its points, its velocity, its Euler steps."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -40,7 +41,7 @@ class Gaussian(nn.Module):
 
 def euler(path, network, noise, times):
     x = noise
-    for t, following in zip(times, times[1:]):
+    for t, following in pairwise(times):
         many = torch.full((len(x),), t, dtype=torch.float64)
         x = x + (following - t) * path.velocity(network, x, many, CONDITION.expand(len(x)))
     return x
