@@ -11,7 +11,7 @@ from .draws import Draws
 from .flow import Reflow, ReflowConfig
 from .instaflow import FlowDistillation, InstaFlowConfig
 from .method import Losses, Method, Step, Turn
-from .pairs import Pairs, make_pairs
+from .pairs import Pairs, PairSetError, load_pairs, make_pairs, pairs_for
 from .pipelines import TeacherError
 from .progress import Run, TrainingProgress
 from .recipe import MethodConfig, Setup, Stage
@@ -36,6 +36,7 @@ __all__ = [
     "Losses",
     "Method",
     "MethodConfig",
+    "PairSetError",
     "Pairs",
     "PromptData",
     "Reflow",
@@ -56,6 +57,8 @@ __all__ = [
     "check_gradient_contract",
     "distill",
     "flow_straightness",
+    "load_pairs",
     "make_pairs",
+    "pairs_for",
     "world_of_environment",
 ]

@@ -24,7 +24,7 @@ from .config import RoleConfig, TrainerConfig, require, role_configs
 from .data import PromptData
 from .draws import Draws
 from .method import Losses, Method, Step, Turn
-from .pairs import Pairs, make_pairs
+from .pairs import Pairs, pairs_for, pairs_of
 from .pipelines import one_step_scheduler
 from .recipe import Setup, Stage
 from .solvers import check_solver
@@ -146,20 +146,21 @@ def rectify(config: ReflowConfig, setup: Setup, *, delivers: bool) -> Generator[
 
 
 def flow_pairs(flow: Flow, config: ReflowConfig, setup: Setup, number: int) -> Pairs:
-    """Noises and where the flow carries them: the same ones for the same number of the set and seed of the run."""
-    return make_pairs(
-        flow.network,
-        setup.conditions,
-        flow.path.schedule,
-        flow.path.prediction_type,
-        count=config.pairs,
-        sample_shape=setup.teacher.sample_shape,
-        solver=config.solver,
-        steps=config.pair_steps,
-        guidance_scale=flow.guidance_scale,
-        unconditional=flow.unconditional,
-        seed=1000 * config.trainer.seed + number,  # the loop's own noises are drawn from its seed
-    )
+    """Noises and where the flow carries them; of the teacher those that the user gave, if any.
+
+    number: of the set within the run. Each has noises of its own.
+    """
+    options = {
+        "count": config.pairs,
+        "solver": config.solver,
+        "steps": config.pair_steps,
+        "guidance_scale": flow.guidance_scale,
+        "seed": 1000 * config.trainer.seed + number,  # the loop's own noises are drawn from its seed
+    }
+    if flow.network is setup.teacher.unet:
+        return pairs_for(setup, **options)
+    schedule, prediction_type = flow.path.schedule, flow.path.prediction_type
+    return pairs_of(setup, flow.network, schedule, prediction_type, unconditional=flow.unconditional, **options)
 
 
 def flow_path(device: torch.device | str | None = None) -> StraightPath:

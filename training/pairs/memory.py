@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,14 @@ from fastdistill.diffusion import Schedule
 from ..condition import Condition
 from ..solvers import check_solver, solve
 
+if TYPE_CHECKING:
+    from .load import Rows
+
 
 class Pairs(NamedTuple):
-    """What the regression term learns from.
+    """Noises and where the ODE carries them: what a regression term or a reflow learns from.
+
+    Of a set on disk, `noise` and `sample` are read when they are indexed.
 
     Attributes:
         noise: (N, ...) float32, unit noise, the student's input.
@@ -22,8 +27,8 @@ class Pairs(NamedTuple):
         condition: (N,) int64, index into the conditions (for a pipeline: into the prompts).
     """
 
-    noise: Tensor
-    sample: Tensor
+    noise: Tensor | Rows
+    sample: Tensor | Rows
     condition: Tensor
 
 
