@@ -9,11 +9,14 @@ from .digits import digits_images
 from .distill import Distilled, distill
 from .dmd import DMD, DMDConfig
 from .draws import Draws
+from .flow import Reflow, ReflowConfig
+from .instaflow import FlowDistillation, InstaFlowConfig
 from .method import Losses, Method, Step, Turn
 from .pairs import Pairs, PairSetError, load_pairs, make_pairs, pairs_for
 from .pipelines import TeacherError
 from .progress import Run, TrainingProgress
 from .recipe import MethodConfig, Setup, Stage
+from .straight_path import StraightPath, flow_straightness
 from .teacher import Teacher
 from .trainer import Diverged, Trainer
 from .world import World, world_of_environment
@@ -27,7 +30,9 @@ __all__ = [
     "Distilled",
     "Diverged",
     "Draws",
+    "FlowDistillation",
     "GradientContractError",
+    "InstaFlowConfig",
     "LatentData",
     "Losses",
     "Method",
@@ -35,11 +40,14 @@ __all__ = [
     "PairSetError",
     "Pairs",
     "PromptData",
+    "Reflow",
+    "ReflowConfig",
     "RoleConfig",
     "Run",
     "Setup",
     "Stage",
     "Step",
+    "StraightPath",
     "Teacher",
     "TeacherError",
     "Trainer",
@@ -50,6 +58,7 @@ __all__ = [
     "check_gradient_contract",
     "digits_images",
     "distill",
+    "flow_straightness",
     "load_pairs",
     "make_pairs",
     "pairs_for",

@@ -130,13 +130,14 @@ def distill(
         "commit": package_commit(),
         "network": type(run.student).__name__,
         "sampling": stage.method.sampling(),
-        "prediction_type": teacher.prediction_type,
+        "prediction_type": stage.method.facts().get("prediction_type", teacher.prediction_type),
         "zero_terminal_snr": bool(teacher.schedule.alpha[-1] == 0),
         "teacher": teacher.facts(),
         "prompts": len(prompts),
         "updates": run.updates,
         "training": {"seconds": round(run.seconds, 1), "losses": run.losses, "validation": run.validation},
         "config": to_dict(config),
+        **({"figures": figures} if (figures := stage.method.figures()) else {}),
     }
     scheduler = stage.method.scheduler(teacher.pipeline.scheduler)
     return Distilled(student_pipeline(teacher.pipeline, run.student, scheduler), run, facts, teacher.folder)
