@@ -8,6 +8,7 @@ from .data import Data, LatentData, PromptData
 from .distill import Distilled, distill
 from .dmd import DMD, DMDConfig
 from .draws import Draws
+from .features import FeatureNetwork, Features, build_features
 from .method import Losses, Method, Step, Turn
 from .pairs import Pairs, make_pairs
 from .pipelines import TeacherError
@@ -24,6 +25,8 @@ __all__ = [
     "Distilled",
     "Diverged",
     "Draws",
+    "FeatureNetwork",
+    "Features",
     "GradientContractError",
     "LatentData",
     "Losses",
@@ -42,6 +45,7 @@ __all__ = [
     "TrainerConfig",
     "TrainingProgress",
     "Turn",
+    "build_features",
     "check_gradient_contract",
     "distill",
     "make_pairs",
