@@ -1,5 +1,6 @@
 """Distillation of diffusion teachers into one-step students."""
 
+from .add import ADD, ADDConfig
 from .checkpoint import CheckpointError
 from .condition import Condition
 from .config import RoleConfig, TrainerConfig
@@ -7,8 +8,10 @@ from .contract import GradientContractError, check_gradient_contract
 from .data import Data, LatentData, PromptData
 from .digits import digits_images
 from .distill import Distilled, distill
+from .discriminator import Discriminator
 from .dmd import DMD, DMDConfig
 from .draws import Draws
+from .features import FeatureNetwork, Features, build_features
 from .method import Losses, Method, Step, Turn
 from .pairs import Pairs, make_pairs
 from .pipelines import TeacherError
@@ -19,14 +22,19 @@ from .trainer import Diverged, Trainer
 from .world import World, world_of_environment
 
 __all__ = [
+    "ADD",
     "DMD",
+    "ADDConfig",
     "CheckpointError",
     "Condition",
     "DMDConfig",
     "Data",
+    "Discriminator",
     "Distilled",
     "Diverged",
     "Draws",
+    "FeatureNetwork",
+    "Features",
     "GradientContractError",
     "LatentData",
     "Losses",
@@ -46,6 +54,7 @@ __all__ = [
     "TrainingProgress",
     "Turn",
     "World",
+    "build_features",
     "check_gradient_contract",
     "digits_images",
     "distill",
