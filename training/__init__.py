@@ -1,5 +1,6 @@
 """Distillation of diffusion teachers into one-step students."""
 
+from .add import ADD, ADDConfig
 from .checkpoint import CheckpointError
 from .condition import Condition
 from .config import RoleConfig, TrainerConfig
@@ -7,10 +8,12 @@ from .contract import GradientContractError, check_gradient_contract
 from .data import Data, LatentData, PromptData
 from .digits import digits_images
 from .distill import Distilled, distill
+from .discriminator import Discriminator
 from .dmd import DMD, DMDConfig
 from .draws import Draws
 from .flow import Reflow, ReflowConfig
 from .instaflow import FlowDistillation, InstaFlowConfig
+from .features import FeatureNetwork, Features, build_features
 from .method import Losses, Method, Step, Turn
 from .pairs import Pairs, PairSetError, load_pairs, make_pairs, pairs_for
 from .pipelines import TeacherError
@@ -22,15 +25,20 @@ from .trainer import Diverged, Trainer
 from .world import World, world_of_environment
 
 __all__ = [
+    "ADD",
     "DMD",
+    "ADDConfig",
     "CheckpointError",
     "Condition",
     "DMDConfig",
     "Data",
+    "Discriminator",
     "Distilled",
     "Diverged",
     "Draws",
     "FlowDistillation",
+    "FeatureNetwork",
+    "Features",
     "GradientContractError",
     "InstaFlowConfig",
     "LatentData",
@@ -55,6 +63,7 @@ __all__ = [
     "TrainingProgress",
     "Turn",
     "World",
+    "build_features",
     "check_gradient_contract",
     "digits_images",
     "distill",
