@@ -7,13 +7,15 @@ from .config import RoleConfig, TrainerConfig
 from .contract import GradientContractError, check_gradient_contract
 from .data import Data, LatentData, PromptData
 from .digits import digits_images
-from .distill import Distilled, distill
 from .discriminator import Discriminator
+from .distill import Distilled, distill
 from .dmd import DMD, DMDConfig
+from .dmd2 import DMD2, DMD2Config
 from .draws import Draws
+from .fake_score import FakeScore
+from .features import FeatureNetwork, Features, build_features
 from .flow import Reflow, ReflowConfig
 from .instaflow import FlowDistillation, InstaFlowConfig
-from .features import FeatureNetwork, Features, build_features
 from .method import Losses, Method, Step, Turn
 from .pairs import Pairs, PairSetError, load_pairs, make_pairs, pairs_for
 from .pipelines import TeacherError
@@ -27,18 +29,21 @@ from .world import World, world_of_environment
 __all__ = [
     "ADD",
     "DMD",
+    "DMD2",
     "ADDConfig",
     "CheckpointError",
     "Condition",
+    "DMD2Config",
     "DMDConfig",
     "Data",
     "Discriminator",
     "Distilled",
     "Diverged",
     "Draws",
-    "FlowDistillation",
+    "FakeScore",
     "FeatureNetwork",
     "Features",
+    "FlowDistillation",
     "GradientContractError",
     "InstaFlowConfig",
     "LatentData",
