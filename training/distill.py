@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -18,14 +19,14 @@ from .pipelines import save_pipeline, student_pipeline
 from .recipe import MethodConfig, Setup, Stage
 from .settings import to_dict
 from .teacher import Teacher
-from .trainer import Run, Trainer, TrainingProgress, Validate
+from .trainer import Run, Trainer, TrainingProgress
 from .world import World
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 Callback = Callable[[TrainingProgress], bool | None]
-ValidatePipeline = Callable[["DiffusionPipeline", dict[str, Any]], Mapping[str, float]]
+Validate = Callable[..., Mapping[str, float]]
 
 
 @dataclass(frozen=True)
@@ -93,8 +94,8 @@ def distill(
             `config.trainer.checkpoint_every` updates and at the end, which SIGTERM and SIGINT bring about early; None
             for none.
         resume: continue from the newest checkpoint there; a resumed run equals an uninterrupted one bit for bit.
-        validate: figures of the last stage's student, given as the pipeline that would be delivered now and how it is
-            sampled (`Method.sampling`); otherwise as in `Trainer`.
+        validate: of the last stage, as in `Trainer`, called with the student and `method=`, which knows how it is
+            sampled; such as a `fastdistill.training.validation.Validator`.
         world: as in `Trainer`.
 
     Example:
@@ -119,7 +120,7 @@ def distill(
     checkpoints = None if checkpoints is None else Path(checkpoints)
     if resume and not checkpoints.is_dir():
         raise ValueError(f"resume: there is no checkpoint in {checkpoints}")
-    teacher = Teacher(teacher, device)
+    teacher = teacher if isinstance(teacher, Teacher) else Teacher(teacher, device)
     setup = Setup(
         teacher, prompts, teacher.encode(prompts), images, None if pairs is None else Path(pairs), work=checkpoints
     )
@@ -163,7 +164,7 @@ def _run_stages(
             stage.trainer,
             stage.roles,
             folder=folder,
-            validate=_of_network(validate, stage, setup.teacher) if stage.is_last else None,
+            validate=partial(validate, method=stage.method) if validate is not None and stage.is_last else None,
             stage=stage.name,
             world=world,
         )
@@ -176,11 +177,3 @@ def _run_stages(
             stage = stages.send(run.student)
         except StopIteration:
             return stage, run
-
-
-def _of_network(validate: ValidatePipeline | None, stage: Stage, teacher: Teacher) -> Validate | None:
-    if validate is None:
-        return None
-    scheduler = stage.method.scheduler(teacher.pipeline.scheduler)
-    sampling = stage.method.sampling()
-    return lambda student: validate(student_pipeline(teacher.pipeline, student, scheduler), sampling)
