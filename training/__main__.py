@@ -12,7 +12,6 @@ from typing import Annotated
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 from typer.core import TyperCommand
@@ -21,10 +20,10 @@ from .checkpoint import CheckpointError
 from .contract import GradientContractError
 from .digits import digits_scores
 from .documented import described, summary
+from .images import TooManyUnreadable
 from .plan import plan, render
-from .progress import TrainingProgress
 from .registry import METHODS, config_class
-from .run import RUN_FILE, RunConfig, check_run, chosen_device, load_run, open_images, run_yaml, save_student, train
+from .run import RUN_FILE, RunConfig, check_run, chosen_device, load_run, open_data, run_yaml, save_student, train
 from .teacher import Teacher
 from .world import World, world_of_environment
 
@@ -38,7 +37,15 @@ app = typer.Typer(
 console = Console()
 errors = Console(stderr=True)
 
-FORESEEN = (ValueError, OSError, ImportError, FloatingPointError, CheckpointError, GradientContractError)
+FORESEEN = (
+    ValueError,
+    OSError,
+    ImportError,
+    FloatingPointError,
+    CheckpointError,
+    GradientContractError,
+    TooManyUnreadable,
+)
 
 
 @app.callback()
@@ -61,9 +68,15 @@ def _settings_table(method: str) -> Table:
     table.add_column("name", style="cyan", no_wrap=True)
     table.add_column("default", overflow="fold")
     table.add_column("meaning", ratio=1)
-    for name, value, doc in described(kind()):
+    for name, value, doc in [*described(kind()), *_of_the_run(method)]:
         table.add_row(Text(name), Text(value), Text(doc))
     return table
+
+
+def _of_the_run(method: str) -> list[tuple[str, str, str]]:
+    """The settings of a run that have no option of their own."""
+    run = described(RunConfig(method=config_class(method)()))
+    return [row for row in run if row[0].partition(".")[0] in ("images", "validation")]
 
 
 def _command(method: str) -> Callable[..., None]:
@@ -85,7 +98,10 @@ def _command(method: str) -> Callable[..., None]:
             ),
         ] = None,
         images: Annotated[
-            str | None, typer.Option(help='Real samples: a folder, or "digits".', show_default="none")
+            str | None,
+            typer.Option(
+                help='Real samples with captions: a folder, tar files, a dataset, or "digits".', show_default="none"
+            ),
         ] = None,
         pairs: Annotated[
             Path | None, typer.Option(help="Folder of pairs made before.", show_default="made as needed")
@@ -105,6 +121,9 @@ def _command(method: str) -> Callable[..., None]:
         settings: Annotated[
             list[str] | None,
             typer.Option("--set", metavar="NAME=VALUE", help="A setting of the method (below), or a field of the run."),
+        ] = None,
+        watch: Annotated[
+            Path | None, typer.Option(help="Folder for log, pictures, curves and a report of the run.")
         ] = None,
         export_dtype: Annotated[
             str | None, typer.Option(help="Of the student on disk: float16, bfloat16, float32.", show_default="float16")
@@ -128,6 +147,7 @@ def _command(method: str) -> Callable[..., None]:
             "updates": updates,
             "device": device,
             "checkpoints": checkpoints,
+            "watch": watch,
             "export_dtype": export_dtype,
         }
         with _one_line_errors():
@@ -162,7 +182,7 @@ def _write_config(run: RunConfig, file: Path) -> None:
 def _dry_run(run: RunConfig, as_json: bool) -> None:
     prompts = check_run(run, writes=run.out is not None)
     teacher = Teacher(run.teacher, chosen_device(run.device))
-    found = plan(teacher, prompts, run.method, images=open_images(run, teacher), pairs=run.pairs)
+    found = plan(teacher, prompts, run.method, images=open_data(run, teacher), pairs=run.pairs)
     if as_json:
         print(json.dumps(found.to_dict(), indent=2))
     else:
@@ -170,8 +190,7 @@ def _dry_run(run: RunConfig, as_json: bool) -> None:
 
 
 def _train(run: RunConfig, resume: bool, world: World) -> None:
-    with _progress_bar(world.is_first) as show:
-        result = train(run, resume=resume, callback=show, world=world)
+    result = train(run, resume=resume, world=world)
     if not world.is_first:
         return
     if result.run.ended.startswith("SIG"):
@@ -201,29 +220,6 @@ def _one_line_errors() -> Iterator[None]:
         line = " ".join(str(error).split()) or type(error).__name__
         errors.print(f"error: {line}", style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(2) from error
-
-
-@contextlib.contextmanager
-def _progress_bar(shown: bool) -> Iterator[Callable[[TrainingProgress], None]]:
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=errors,
-        transient=True,
-        disable=not shown,
-    )
-    with bar:
-        task = bar.add_task("preparing", total=None)
-
-        def show(progress: TrainingProgress) -> None:
-            losses = " ".join(f"{name} {value:.3f}" for name, value in progress.losses.items() if name != "guarded")
-            description = f"{progress.stage} {losses}"
-            bar.update(task, total=progress.total, completed=progress.update, description=description)
-
-        yield show
 
 
 def _counts(updates: dict[str, int]) -> str:

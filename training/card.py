@@ -13,6 +13,10 @@ import fastdistill
 
 from .registry import METHODS
 
+# What the engine runs; it is a room that this one does not import.
+_ENGINE_NETWORKS = ("UNet2DConditionModel",)
+_ENGINE_SCHEDULERS = ("DDIMScheduler", "EulerDiscreteScheduler", "LCMScheduler")
+
 
 def student_card(
     name: str, facts: Mapping[str, Any], *, teacher_folder: Path | None = None, command: str | None = None
@@ -58,7 +62,7 @@ def sampling(name: str, facts: Mapping[str, Any]) -> str:
             'images[0].save("image.png")',
         )
     )
-    if facts.get("network", "UNet2DConditionModel") == "UNet2DConditionModel":
+    if facts["network"] in _ENGINE_NETWORKS and facts["scheduler"] in _ENGINE_SCHEDULERS:
         lines.append("Or, faster, with this package:")
         lines.append(
             _python(
@@ -127,30 +131,22 @@ def _origin(facts: Mapping[str, Any], licence: str | None) -> str:
     prompts = run.get("prompts")
     source = f", from `{prompts}`" if isinstance(prompts, str) else ""
     of_teacher = "the teacher's, unknown here" if licence is None else f"{licence}, as the teacher's card says"
-    images, pairs = facts.get("images") or run.get("images"), run.get("pairs")
+    images, pairs = (run.get("images") or {}).get("source"), run.get("pairs")
     return "\n".join(
         [
             f"- Teacher: `{teacher['name']}`, its UNet's weights SHA-256 `{teacher['unet_sha256']}`.",
             f"- Prompts: {facts['prompts']}{source}.",
-            f"- Real images: {_source(images)}.",
+            f"- Real images: {f'`{images}`' if images else 'none'}.",
             f"- Pairs of noise and sample: {f'`{pairs}`' if pairs else 'none were given'}.",
             f"- Licence: {of_teacher}. Images and prompts may add terms of their own.",
         ]
     )
 
 
-def _source(images: Any) -> str:
-    if not images:
-        return "none"
-    if isinstance(images, Mapping):
-        return ", ".join(f"{name} `{value}`" for name, value in images.items() if value not in (None, "", False))
-    return f"`{images}`"
-
-
 def _training(facts: Mapping[str, Any]) -> str:
     rows = ["| role | updates |", "|---|---|", *(f"| {role} | {n} |" for role, n in facts["updates"].items())]
     training = facts.get("training", {})
-    figures = {**training.get("losses", {}), **training.get("validation", {})}
+    figures = {**training.get("losses", {}), **training.get("validation", {}), **facts.get("figures", {})}
     told = [f"{training['seconds']:.0f} s of training."] if "seconds" in training else []
     if figures:
         told.append("At its end: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()) + ".")

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
     from fastdistill.models.digits.metrics import DigitScores
 
-_VALIDATION_SEED = 1000  # of noise that no figure in the documentation is measured on
-
 
 def digits_prompts() -> list[str]:
     """Every caption of the ten digits, as words and as numerals."""
@@ -59,7 +57,11 @@ def digits_card(name: str, command: str, facts: Mapping[str, Any]) -> str:
 
     steps, timestep = facts["sampling"]["steps"], facts["sampling"]["timestep"]
     taken = "one step" if steps == 1 else f"{steps} steps"
-    data = "the real digits" if facts.get("run", {}).get("images") else "no image beside what the teacher has seen"
+    data = (
+        "the real digits"
+        if facts.get("run", {}).get("images", {}).get("source")
+        else "no image beside what the teacher has seen"
+    )
     method = (
         f"{about_method(facts['method'])} The student takes {taken} from pure noise at t = {timestep}, without "
         f"guidance; it was given {data}. Every setting stands in `fastdistill.json`."
@@ -83,9 +85,3 @@ def digits_scores(
     labels = balanced_labels()
     for seed in seeds:
         yield seed, score(generate(pipeline, labels, steps=steps, seed=seed), labels)
-
-
-def digits_figures(pipeline: DiffusionPipeline, sampling: Mapping[str, Any]) -> dict[str, float]:
-    """Frechet distance, accuracy and diversity for validation, on noise of its own."""
-    ((_, scores),) = digits_scores(pipeline, seeds=[_VALIDATION_SEED], steps=sampling["steps"])
-    return {"fd": scores.fd, "accuracy": scores.accuracy, "diversity": scores.diversity}

@@ -75,7 +75,7 @@ def distill(
     device: str | torch.device | None = None,
     checkpoints: str | Path | None = None,
     resume: bool = False,
-    validate: ValidatePipeline | None = None,
+    validate: Validate | None = None,
     world: World | None = None,
 ) -> Distilled:
     """Distil a text-to-image teacher into one step, by the method whose configuration is given.
@@ -125,11 +125,13 @@ def distill(
         teacher, prompts, teacher.encode(prompts), images, None if pairs is None else Path(pairs), work=checkpoints
     )
     stage, run = _run_stages(config, setup, callback, checkpoints, resume, validate, world)
+    scheduler = stage.method.scheduler(teacher.pipeline.scheduler)
     facts = {
         "method": config.method,
         "fastdistill": __version__,
         "commit": package_commit(),
         "network": type(run.student).__name__,
+        "scheduler": type(scheduler).__name__,
         "sampling": stage.method.sampling(),
         "prediction_type": stage.method.facts().get("prediction_type", teacher.prediction_type),
         "zero_terminal_snr": bool(teacher.schedule.alpha[-1] == 0),
@@ -140,7 +142,6 @@ def distill(
         "config": to_dict(config),
         **({"figures": figures} if (figures := stage.method.figures()) else {}),
     }
-    scheduler = stage.method.scheduler(teacher.pipeline.scheduler)
     return Distilled(student_pipeline(teacher.pipeline, run.student, scheduler), run, facts, teacher.folder)
 
 
@@ -150,7 +151,7 @@ def _run_stages(
     callback: Callback | None,
     checkpoints: Path | None,
     resume: bool,
-    validate: ValidatePipeline | None,
+    validate: Validate | None,
     world: World | None,
 ) -> tuple[Stage, Run]:
     """The last stage that was run, and what became of it. A signal, or the callback, ends the run within a stage."""

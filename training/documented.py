@@ -14,7 +14,7 @@ import yaml
 from .settings import leaves, plain
 
 _WIDTH = 100
-_ENTRY = re.compile(r"([a-z_0-9]+(?:, [a-z_0-9]+)*): (.*)")
+_ENTRY = re.compile(r"([a-z_0-9]+\*?(?:, [a-z_0-9]+\*?)*): (.*)")
 
 
 def summary(kind: type) -> str:
@@ -42,7 +42,7 @@ def _own_docs(kind: type) -> dict[str, str]:
             break
         entry = _ENTRY.match(line.strip()) if line.startswith("    ") and not line.startswith("     ") else None
         if entry:
-            names = entry[1].split(", ")
+            names = entry[1].replace("*", "").split(", ")
             docs |= dict.fromkeys(names, entry[2])
         elif line.strip():
             docs |= {name: f"{docs[name]} {line.strip()}" for name in names}
@@ -78,13 +78,8 @@ def _lines(config: Any, indent: str, told: set[type]) -> Iterator[str]:
         value = getattr(config, field.name)
         if is_dataclass(value):
             yield f"{indent}{field.name}:"
-            yield from _named(value, f"{indent}  ")
+            if field.name == "method":  # whose settings they are
+                yield f"{indent}  name: {value.method}"
             yield from _lines(value, f"{indent}  ", told)
         else:
             yield f"{indent}{field.name}: {shown(value)}"
-
-
-def _named(config: Any, indent: str) -> Iterator[str]:
-    """A method's settings say whose they are."""
-    if isinstance(getattr(config, "method", None), str):
-        yield f"{indent}name: {config.method}"

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .activations import SavedTensors
 from .data import Data
 from .draws import Draws
-from .method import Step
+from .method import Step, Turn
 from .recipe import MethodConfig, Setup, Stage
 from .teacher import Teacher
 from .trainer import Trainer, only
@@ -203,12 +203,14 @@ def _rehearsal(config: MethodConfig) -> tuple[MethodConfig, float]:
 
 def _plan_stage(stage: Stage, prepared: float) -> tuple[StagePlan, nn.Module]:
     """The stage's plan, and the student that it would deliver after one update."""
-    turns = {turn.role: turn.every for turn in stage.method.turns}
+    turns = {turn.role: turn for turn in reversed(stage.method.turns)}  # a role's first turn, if it has more
     student_every = stage.method.turns[0].every
-    rounds = -(-max(turns.values()) // student_every)  # until everybody has had a turn
-    config = replace(stage.trainer, updates=rounds, report_every=rounds, checkpoint_every=0, validate_every=0)
+    rounds = -(-max(turn.every for turn in turns.values()) // student_every)  # until everybody has had a turn
+    config = replace(
+        stage.trainer, updates=rounds, report_every=rounds, checkpoint_every=0, validate_every=0, deliver="last"
+    )
     trainer = Trainer(stage.method, stage.data, config, stage.roles, stage=stage.name)
-    saved = {role: _saved_bytes(stage, role) for role in turns}
+    saved = {role: _saved_bytes(stage, turn) for role, turn in turns.items()}
     run = trainer.run()
 
     iterations, seen, roles = stage.trainer.updates * student_every, set(), []
@@ -217,7 +219,7 @@ def _plan_stage(stage: Stage, prepared: float) -> tuple[StagePlan, nn.Module]:
         role = RolePlan(
             name,
             type(network).__name__,
-            iterations // turns[name] if name in turns else None,
+            iterations // turns[name].every if name in turns else None,
             sum(p.numel() for p in network.parameters()),
             _bytes([*network.parameters(), *network.buffers()], seen),
         )
@@ -238,16 +240,16 @@ def _plan_stage(stage: Stage, prepared: float) -> tuple[StagePlan, nn.Module]:
     )
 
 
-def _saved_bytes(stage: Stage, role: str) -> int:
+def _saved_bytes(stage: Stage, turn: Turn) -> int:
     """Bytes that the forward pass of one micro-batch keeps for its backward pass."""
     method, trainer = stage.method, stage.trainer
     device = next(next(iter(method.roles.values())).parameters()).device
     draws = Draws(trainer.seed, "plan", batch_size=trainer.batch_size, device=device)
-    step = Step(stage.data.batch(0, draws.fork("data")), draws.fork(role))
+    step = Step(stage.data.batch(0, draws.fork("data")), draws.fork(turn.kind))
     owned = [t for network in method.roles.values() for t in (*network.parameters(), *network.buffers())]
     autocast = torch.autocast(device.type, torch.bfloat16) if trainer.precision == "bfloat16" else nullcontext()
-    with torch.random.fork_rng(), only(role, method), SavedTensors(owned) as saved, autocast:
-        losses = method.losses(role, step)
+    with torch.random.fork_rng(), only(turn.role, method), SavedTensors(owned) as saved, autocast:
+        losses = method.losses(turn.kind, step)
     del losses
     return saved.nbytes
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import os
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -12,19 +11,23 @@ from typing import Any
 
 import torch
 
+from fastdistill._output import write_files
 from fastdistill.models import resolve_model
 
 from .card import student_card
 from .data import Data
-from .digits import digits_card, digits_figures, digits_images, digits_prompts
+from .digits import digits_card, digits_prompts
 from .distill import Callback, Distilled, distill
 from .documented import commented_yaml, shown
+from .images import ImagesConfig, open_images
 from .pipelines import EXPORT_DTYPES, check_output_folder
 from .progress import TrainingProgress
 from .recipe import MethodConfig
 from .registry import METHODS, config_class
-from .settings import SettingsError, from_dict, from_settings, from_yaml, leaves, plain, to_dict
+from .settings import SettingsError, changed, from_dict, from_settings, from_yaml, leaves, plain, to_dict
 from .teacher import Teacher
+from .validation import ValidationConfig, Validator
+from .watch import Watch, watch
 from .world import World
 
 RUN_FILE = "run.yaml"
@@ -37,7 +40,9 @@ class RunConfig:
 
     Attributes:
         teacher: a bundled name, or a folder in the diffusers layout.
-        images: real samples for the methods that train on them: "digits"; null for none.
+        images: real samples for the methods that train on them; a name or folder alone is its source.
+        validation: what is measured of the student every `method.trainer.validate_every` updates.
+        watch: folder for what is to be seen of the run: log, pictures, curves, report; null shows progress alone.
         prompts: a text file with one prompt a line, "digits" for every caption of the ten digits, or a list of prompts.
         pairs: folder of pairs that were made before; null lets a method that needs pairs make its own.
         out: pipeline folder to write; a pipeline that is there is replaced.
@@ -50,12 +55,14 @@ class RunConfig:
 
     teacher: str = "digits-teacher"
     prompts: str | tuple[str, ...] = DIGITS
-    images: str | None = None
+    images: ImagesConfig = ImagesConfig()
     pairs: Path | None = None
     out: Path | None = None
     export_dtype: str = "float16"
     device: str | None = None
     checkpoints: Path | None = None
+    watch: Path | None = None
+    validation: ValidationConfig = ValidationConfig()
     method: MethodConfig
 
     def __post_init__(self) -> None:
@@ -79,13 +86,14 @@ def load_run(
         method: name of the method; None takes it from the file.
         file: YAML with the fields of `RunConfig`; under `method` its settings, with its `name`.
         settings: lines "NAME=VALUE": a setting of the method by its dotted name, or a field of the run.
-        options: fields of `RunConfig`, and `seed` and `updates` of the method's trainer; None is not given.
+        options: fields of `RunConfig`, the `updates` of the method's trainer, and a `seed` for it and the images; None
+            is not given.
 
     Raises:
         SettingsError: an unknown name, with the nearest known one, or a value that cannot be, saying where it was read.
         ValueError: an unknown method.
     """
-    values = {} if file is None else from_yaml(file)
+    values = {} if file is None else _with_images(from_yaml(file))
     name = _method_name(method, values, file)
     run = RunConfig(method=config_class(name)())
     run = _from(f"{file}: ", RunConfig, values, run)
@@ -93,10 +101,10 @@ def load_run(
         if "method" in section:
             run = replace(run, method=_from("--set ", type(run.method), section["method"], run.method))
         else:
-            run = _from("--set ", RunConfig, section, run)
+            run = _from("--set ", RunConfig, _with_images(section), run)
     for option, value in options.items():
         if value is not None:
-            nested = {"method": {"trainer": {option: value}}} if option in ("seed", "updates") else {option: value}
+            nested = _with_images(_nested(option, value))
             run = _from(f"--{option.replace('_', '-')} {value}: ", RunConfig, nested, run)
     return run
 
@@ -121,20 +129,21 @@ def command(run: RunConfig, out: str | None = None) -> str:
 
     out: in place of `run.out`.
     """
-    default = RunConfig(method=type(run.method)())
+    seed = run.method.trainer.seed
+    default = changed(RunConfig(method=type(run.method)()), **_nested("seed", seed))
+    before = {name: value for name, value, *_ in leaves(default)}
+    given = {name: value for name, value, *_ in leaves(run) if name not in before or value != before[name]}
     words = ["fastdistill", "train", run.method.method, "--teacher", run.teacher]
-    for name in ("prompts", "images", "pairs", "export_dtype", "device"):
-        value = getattr(run, name)
-        if isinstance(value, tuple):
-            words += ["--set", f"{name}={shown(value)}"]
-        elif value != getattr(default, name) or name == "prompts":
-            words += [f"--{name.replace('_', '-')}", str(value)]
-    words += ["--out", out or str(run.out), "--seed", str(run.method.trainer.seed)]
-    before = {name: value for name, value, *_ in leaves(default.method)}
-    for name, value, *_ in leaves(run.method):
-        if name == "trainer.seed" or (name in before and value == before[name]):
-            continue
-        words += ["--updates", str(value)] if name == "trainer.updates" else ["--set", f"{name}={shown(value)}"]
+    words += (
+        ["--set", f"prompts={shown(run.prompts)}"] if isinstance(run.prompts, tuple) else ["--prompts", run.prompts]
+    )
+    for name, option in _OPTIONS.items():
+        if name in given:
+            words += [option, str(given.pop(name))]
+    words += ["--out", out or str(run.out), "--seed", str(seed)]
+    for name, value in given.items():
+        if name not in _UNSAID:
+            words += ["--set", f"{name.removeprefix('method.')}={shown(value)}"]
     return shlex.join(words)
 
 
@@ -158,54 +167,78 @@ def check_run(run: RunConfig, *, resume: bool = False, writes: bool = True) -> l
     if run.pairs is not None and not run.pairs.is_dir():
         raise ValueError(f"pairs {run.pairs}: no such folder")
     chosen_device(run.device)
+    trainer = run.method.trainer
+    if run.validation.kind == "none" and (trainer.validate_every > 0 or trainer.deliver == "best"):
+        raise ValueError(
+            f"validation.kind none: trainer.validate_every {trainer.validate_every} and trainer.deliver "
+            f"{trainer.deliver!r} need figures; needed --set validation.kind=digits or reference"
+        )
     return prompts
 
 
-def open_images(run: RunConfig, teacher: Teacher) -> Data | None:
+def open_data(run: RunConfig, teacher: Teacher, world: World | None = None) -> Data | None:
     """The real samples of a run, None if it has none."""
-    return None if run.images is None else digits_images(teacher, seed=run.method.trainer.seed)
+    return None if run.images.source is None else open_images(run.images, teacher, world)
 
 
 def train(
     run: RunConfig, *, resume: bool = False, callback: Callback | None = None, world: World | None = None
 ) -> Distilled:
-    """Execute a run up to its student, which is not yet saved (`save_student`).
+    """Execute a run up to its student, which is not yet saved (`save_student`), and show its progress.
 
-    With `run.checkpoints`, the configuration is written there as `run.yaml`. On the digits, validation measures them.
+    With `run.checkpoints`, the configuration is written there as `run.yaml` when the first update is about to be made.
     All else is as in `distill`.
 
-    Raises: as `check_run` and `distill`.
+    Raises: as `check_run`, `distill`, `fastdistill.training.images.open_images` and
+        `fastdistill.training.watch.watch`.
     """
     prompts = check_run(run, resume=resume)
-    written = run.checkpoints is None or (world is not None and not world.is_first)
-
-    def record() -> None:
-        nonlocal written
-        if not written:
-            written = True
-            _write(run.checkpoints / RUN_FILE, run_yaml(run))
-
-    def report(progress: TrainingProgress) -> bool | None:
-        record()  # not before: what is refused until then leaves nothing behind
-        return callback(progress) if callback is not None else None
-
-    trainer = run.method.trainer
-    validates = run.is_of_digits and (trainer.validate_every > 0 or trainer.deliver == "best")
     teacher = Teacher(run.teacher, chosen_device(run.device))
-    result = distill(
-        teacher,
-        prompts,
-        run.method,
-        images=open_images(run, teacher),
-        pairs=run.pairs,
-        callback=report,
-        checkpoints=run.checkpoints,
+    images = open_data(run, teacher, world)
+    validate = Validator(run.validation, teacher, prompts) if run.validation.kind != "none" else None
+    with watch(
+        run.watch,
+        teacher=None if run.watch is None else teacher,
+        prompts=prompts,
+        config=run.method,
+        out=run.out,
+        command="" if run.out is None else command(run),
         resume=resume,
-        validate=digits_figures if validates else None,
         world=world,
-    )
-    record()
+    ) as seeing:
+        result = distill(
+            teacher,
+            prompts,
+            run.method,
+            images=images,
+            pairs=run.pairs,
+            callback=_Callbacks(seeing, callback, None if world is not None and not world.is_first else run),
+            checkpoints=run.checkpoints,
+            resume=resume,
+            validate=validate,
+            world=world,
+        )
     return replace(result, facts=result.facts | {"run": _facts(run, prompts)})
+
+
+class _Callbacks:
+    """What watches a run, what the caller wants to know of it, and the record of its configuration."""
+
+    def __init__(self, seeing: Watch, own: Callback | None, run: RunConfig | None) -> None:
+        self._seeing, self._own, self._run = seeing, own, run
+
+    def begin(self, progress: TrainingProgress) -> None:
+        # Not before: what is refused until then leaves nothing behind.
+        if self._run is not None and self._run.checkpoints is not None:
+            write_files({self._run.checkpoints / RUN_FILE: run_yaml(self._run).encode()})
+        self._seeing.begin(progress)
+
+    def __call__(self, progress: TrainingProgress) -> bool | None:
+        self._seeing(progress)
+        return self._own(progress) if self._own is not None else None
+
+    def end(self, progress: TrainingProgress) -> None:
+        self._seeing.end(progress)
 
 
 def save_student(run: RunConfig, result: Distilled) -> Path:
@@ -262,6 +295,18 @@ def chosen_device(name: str | None) -> torch.device:
     return device
 
 
+# What has an option of its own.
+_OPTIONS = {
+    "images.source": "--images",
+    "pairs": "--pairs",
+    "device": "--device",
+    "export_dtype": "--export-dtype",
+    "method.trainer.updates": "--updates",
+}
+# What is said already, or does not change the student.
+_UNSAID = ("teacher", "prompts", "out", "checkpoints", "watch", "method.trainer.seed")
+
+
 def _method_name(method: str | None, values: dict[str, Any], file: str | Path | None) -> str:
     """Which method is meant; `values` are left with its settings alone."""
     section = values.get("method")
@@ -277,6 +322,20 @@ def _method_name(method: str | None, values: dict[str, Any], file: str | Path | 
     if None not in (method, named) and method != named:
         raise SettingsError(f"{file}: method.name: the file is for {named}; the command is {method}")
     return method or named
+
+
+def _with_images(values: dict[str, Any]) -> dict[str, Any]:
+    """A source alone, in place of settings."""
+    source = values.get("images")
+    return values | {"images": {"source": source}} if isinstance(source, str) else values
+
+
+def _nested(option: str, value: Any) -> dict[str, Any]:
+    if option == "updates":
+        return {"method": {"trainer": {"updates": value}}}
+    if option == "seed":
+        return {"method": {"trainer": {"seed": value}}, "images": {"seed": value}}
+    return {option: value}
 
 
 def _by_section(values: dict[str, Any], run: RunConfig) -> list[dict[str, Any]]:
@@ -305,10 +364,3 @@ def _facts(run: RunConfig, prompts: list[str]) -> dict[str, Any]:
     """The run beside its method, whose configuration has a place of its own."""
     facts = {name: value for name, value in to_dict(run).items() if name not in ("method", "out", "checkpoints")}
     return plain(facts) | {"example": prompts[0]}
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.partial")
-    scratch.write_text(text, encoding="utf-8")
-    os.replace(scratch, path)
