@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from .data import Data
 from .draws import Draws
 from .method import Step, Turn
 from .recipe import MethodConfig, Setup, Stage
+from .settings import changed, from_settings, leaves
 from .teacher import Teacher
 from .trainer import Trainer, only
 
@@ -24,8 +25,9 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from rich.console import Group
 
-# Settings that say how much is prepared before an update can be: a plan prepares a batch of it.
-_PREPARED = ("pairs", "straightness_samples")
+# Settings that say how much is prepared before an update can be, of which a plan prepares a batch; and those of figures
+# that no update needs.
+_PREPARED, _MEASURED = "pairs", "straightness_samples"
 
 
 @dataclass(frozen=True)
@@ -194,11 +196,11 @@ def render(plan: Plan) -> Group:
 
 def _rehearsal(config: MethodConfig) -> tuple[MethodConfig, float]:
     """The configuration with a batch of what it prepares, and which share of the whole that is."""
-    batch = config.trainer.batch_size
-    numbers = {field.name: getattr(config, field.name) for field in fields(config) if field.name in _PREPARED}
-    fewer = {name: min(number, batch) for name, number in numbers.items()}
-    share = fewer["pairs"] / numbers["pairs"] if numbers.get("pairs") else 1.0
-    return replace(config, **fewer), share
+    numbers = {name: number for name, number, _, field in leaves(config) if field == _PREPARED and number > 0}
+    fewer = {name: min(number, config.trainer.batch_size) for name, number in numbers.items()}
+    share = min((fewer[name] / number for name, number in numbers.items()), default=1.0)
+    fewer |= {name: 0 for name, _, _, field in leaves(config) if field == _MEASURED}
+    return changed(config, **from_settings([f"{name}={number}" for name, number in fewer.items()])), share
 
 
 def _plan_stage(stage: Stage, prepared: float) -> tuple[StagePlan, nn.Module]:
@@ -206,9 +208,7 @@ def _plan_stage(stage: Stage, prepared: float) -> tuple[StagePlan, nn.Module]:
     turns = {turn.role: turn for turn in reversed(stage.method.turns)}  # a role's first turn, if it has more
     student_every = stage.method.turns[0].every
     rounds = -(-max(turn.every for turn in turns.values()) // student_every)  # until everybody has had a turn
-    config = replace(
-        stage.trainer, updates=rounds, report_every=rounds, checkpoint_every=0, validate_every=0, deliver="last"
-    )
+    config = replace(stage.trainer, updates=rounds, report_every=rounds, deliver="last")
     trainer = Trainer(stage.method, stage.data, config, stage.roles, stage=stage.name)
     saved = {role: _saved_bytes(stage, turn) for role, turn in turns.items()}
     run = trainer.run()
