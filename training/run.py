@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from fastdistill._output import write_files
-from fastdistill.models import resolve_model
+from fastdistill.models import bundled_models, resolve_model
 
 from .card import student_card
 from .data import Data
@@ -245,7 +245,7 @@ def save_student(run: RunConfig, result: Distilled) -> Path:
     """The student of a run as a pipeline folder at `run.out`, with its model card."""
     name = run.out.name
     card = student_card(name, result.facts, teacher_folder=result.teacher_folder, command=command(run, out=name))
-    if run.is_of_digits:
+    if run.is_of_digits and run.teacher in bundled_models():
         card = digits_card(name, command(run, out=name), result.facts)
     return result.save(run.out, card, dtype=EXPORT_DTYPES[run.export_dtype])
 
@@ -362,5 +362,7 @@ def _from(source: str, kind: type, values: dict[str, Any], before: Any) -> Any:
 
 def _facts(run: RunConfig, prompts: list[str]) -> dict[str, Any]:
     """The run beside its method, whose configuration has a place of its own."""
-    facts = {name: value for name, value in to_dict(run).items() if name not in ("method", "out", "checkpoints")}
+    facts = {
+        name: value for name, value in to_dict(run).items() if name not in ("method", "out", "checkpoints", "watch")
+    }
     return plain(facts) | {"example": prompts[0]}
