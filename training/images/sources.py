@@ -71,9 +71,7 @@ class ImageFolder:
             _refuse_missing(without, f"needed a .txt beside each, or a {METADATA[0]}")
         else:
             lines = _read_metadata(metadata, caption)
-            _refuse_missing(
-                [path for path in lines if not path.is_file()], f"{metadata} names files that are not there"
-            )
+            _refuse_missing([path for path in lines if not path.is_file()], f"{metadata} names them", "file")
             _refuse_missing([path for path in self._files if path not in lines], f"needed a line in {metadata}")
             self._files, self._captions = list(lines), list(lines.values())
 
