@@ -4,11 +4,12 @@ from .checkpoint import CheckpointError
 from .condition import Condition
 from .config import RoleConfig, TrainerConfig
 from .contract import GradientContractError, check_gradient_contract
-from .data import Data, LatentData, PromptData
+from .data import Data, LatentData, PromptData, PromptDropout
 from .digits import digits_images
 from .distill import Distilled, distill
 from .dmd import DMD, DMDConfig
 from .draws import Draws
+from .images import ImagesConfig, open_images
 from .method import Losses, Method, Step, Turn
 from .pairs import Pairs, make_pairs
 from .pipelines import TeacherError
@@ -28,12 +29,14 @@ __all__ = [
     "Diverged",
     "Draws",
     "GradientContractError",
+    "ImagesConfig",
     "LatentData",
     "Losses",
     "Method",
     "MethodConfig",
     "Pairs",
     "PromptData",
+    "PromptDropout",
     "RoleConfig",
     "Run",
     "Setup",
@@ -50,5 +53,6 @@ __all__ = [
     "digits_images",
     "distill",
     "make_pairs",
+    "open_images",
     "world_of_environment",
 ]

@@ -46,8 +46,9 @@ class Framing:
             require(name, getattr(self, name), getattr(self, name) >= 1, "1 or more")
         require("crop", self.crop, self.crop in CROPS, f"one of {', '.join(CROPS)}")
         require("max_aspect", self.max_aspect, self.max_aspect >= 1, "1 or more")
-        if self.buckets and self.multiple**2 > self.height * self.width:
-            raise ValueError(f"multiple {self.multiple}: no bucket of {self.height}x{self.width} pixels has such sides")
+        if not self.sizes:
+            of = f"{self.height}x{self.width} pixels"
+            raise ValueError(f"multiple {self.multiple}, max_aspect {self.max_aspect}: no bucket of {of}")
 
     @cached_property
     def sizes(self) -> list[Size]:

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import warnings
 
 import pytest
 import torch
@@ -26,6 +25,7 @@ from .pictures import write_folder
 
 FRAMING = Framing(32, 32, flip=True, buckets=True, multiple=8)
 BROKEN = (2, 5)
+pytestmark = pytest.mark.filterwarnings("ignore::fastdistill.training.images.UnreadableImage")
 
 
 @pytest.fixture(scope="module")
@@ -45,13 +45,6 @@ def cached(teacher, pictures, tmp_path_factory):
     folder = tmp_path_factory.mktemp("caches") / "cache"
     build(teacher, pictures, folder)
     return folder
-
-
-@pytest.fixture(autouse=True)
-def quiet():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UnreadableImage)
-        yield
 
 
 def build(teacher, pictures, folder, framing=FRAMING, max_unreadable=0.2, **options):

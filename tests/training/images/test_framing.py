@@ -98,7 +98,8 @@ def test_an_image_goes_to_the_bucket_of_the_nearest_shape_whatever_its_scale():
         ({"height": 0}, "height must be 1 or more; got 0"),
         ({"crop": "left"}, "crop must be one of center, random; got left"),
         ({"max_aspect": 0.5}, "max_aspect must be 1 or more; got 0.5"),
-        ({"buckets": True}, "multiple 64: no bucket of 32x32 pixels"),
+        ({"buckets": True}, "multiple 64, max_aspect 4.0: no bucket of 32x32 pixels"),
+        ({"buckets": True, "multiple": 20, "max_aspect": 1.0}, "multiple 20, max_aspect 1.0: no bucket of 32x32"),
     ],
 )
 def test_a_framing_that_cannot_be_is_refused_by_name(options, message):

@@ -1,5 +1,6 @@
 """The Trainer on a folder of digits, some of whose files are broken; and what a configuration opens."""
 
+import copy
 import warnings
 
 import numpy as np
@@ -38,8 +39,6 @@ class Denoising(Method):
     start = 999
 
     def __init__(self, teacher):
-        import copy
-
         self.roles = {"student": copy.deepcopy(teacher.unet)}
         self.turns = (Turn("student"),)
         self.schedule, self.prediction_type = teacher.schedule, teacher.prediction_type
@@ -92,7 +91,8 @@ def run(teacher, data, updates, folder=None, resume=False, callback=None):
 
 def test_a_folder_with_broken_images_trains_names_them_and_resumes_exactly(teacher, digits, tmp_path):
     reports = []
-    with pytest.warns(UnreadableImage) as caught:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         data = open_images(config(digits), teacher)
         whole = run(teacher, data, 12, callback=lambda progress: reports.append(progress.losses))
     assert whole.ended == "finished"
