@@ -287,7 +287,8 @@ def _as_captions(value: str | Sequence[str]) -> tuple[str, ...]:
 def _refuse_missing(names: Sequence[Any], needed: str, what: str = "caption") -> None:
     if names:
         shown = ", ".join(map(str, names[:5])) + (", …" if len(names) > 5 else "")
-        raise SourceError(f"{len(names)} images without {what}: {shown}; {needed}")
+        count = "1 image" if len(names) == 1 else f"{len(names)} images"
+        raise SourceError(f"{count} without {what}: {shown}; {needed}")
 
 
 def _digest(facts: Iterable[tuple]) -> str:

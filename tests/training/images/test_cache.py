@@ -91,9 +91,12 @@ def test_processes_share_cached_batches_too(teacher, pictures, cached):
     assert torch.equal(torch.cat([half["condition"].states for half in halves]), whole["condition"].states)
 
 
-def test_the_unreadable_ones_are_named_when_a_cache_is_opened(teacher, pictures, cached):
+def test_the_unreadable_ones_are_named_once_when_a_cache_is_made_or_opened(teacher, pictures, cached, tmp_path):
     with pytest.warns(UnreadableImage) as caught:
         build(teacher, pictures, cached)
+    assert sorted(str(one.message).split(":")[0][-7:] for one in caught) == ["002.png", "005.png"]
+    with pytest.warns(UnreadableImage) as caught:
+        build(teacher, pictures, tmp_path / "new")
     assert sorted(str(one.message).split(":")[0][-7:] for one in caught) == ["002.png", "005.png"]
     with pytest.raises(TooManyUnreadable, match="2 of 14 images cannot be read; max_unreadable allows 1"):
         build(teacher, pictures, cached, max_unreadable=0.1)

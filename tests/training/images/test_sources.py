@@ -103,7 +103,7 @@ def test_a_folder_says_which_images_have_no_caption(tmp_path):
     folder = write_folder(tmp_path / "some", 3)
     (folder / "001.txt").unlink()
     (folder / "._002.png").write_bytes(b"of another program")
-    with pytest.raises(SourceError, match=r"1 images without caption: .*001\.png; needed a \.txt"):
+    with pytest.raises(SourceError, match=r"1 image without caption: .*001\.png; needed a \.txt"):
         ImageFolder(folder)
 
 
@@ -140,7 +140,7 @@ def test_a_dataset_names_the_columns_and_splits_that_it_has(tmp_path):
     with pytest.raises(SourceError, match="the datasets library cannot open it"):
         HuggingFaceDataset(tmp_path / "nowhere")
     as_dataset(text=lambda n: None if n == 2 else "a").save_to_disk(tmp_path / "gaps")
-    with pytest.raises(SourceError, match=r"1 images without caption: gaps/train\[2\]"):
+    with pytest.raises(SourceError, match=r"1 image without caption: gaps/train\[2\]"):
         HuggingFaceDataset(tmp_path / "gaps")
 
 
