@@ -81,11 +81,14 @@ def cache_images(
     facts = _facts(source, framing, teacher, dtype, shard_size)
     _refuse_others(folder, facts)
     world.wait()
+    options = {"max_unreadable": max_unreadable, "workers": workers}
+    images = None
     if world.is_first and not (folder / _INDEX).is_file():
-        _write_index(Images(source, framing, max_unreadable=max_unreadable, workers=workers), folder, facts)
+        images = Images(source, framing, **options)
+        _write_index(images, folder, facts)
     world.wait()
     index = _load(folder / _INDEX)
-    images = Images(source, framing, max_unreadable=max_unreadable, workers=workers, buckets=index["buckets"])
+    images = images or Images(source, framing, buckets=index["buckets"], **options)
     files = _files(images, index, shard_size)
     own = [name for number, name in enumerate(files) if number % world.size == world.rank]
     missing = [name for name in own if not (folder / name).is_file()]
@@ -335,6 +338,7 @@ def _noted(file: Any) -> list[tuple[int, str]]:
 def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     scratch = path.with_name(f".{path.name}.partial")
     save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, scratch, metadata)
+    scratch.chmod(0o644)
     os.replace(scratch, path)
 
 

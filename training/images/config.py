@@ -80,9 +80,7 @@ class ImagesConfig:
         for name in ("workers", "ahead"):
             require(name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
         if self.cache is not None and self.crop == "random":
-            raise ValueError(
-                'crop must be "center" where images are cached, since one crop is kept of each; got random'
-            )
+            raise ValueError("crop must be center where images are cached, since one crop is kept of each; got random")
 
 
 def open_images(config: ImagesConfig, teacher: Teacher, world: World | None = None) -> Data:

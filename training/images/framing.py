@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -45,20 +46,21 @@ class Framing:
             require(name, getattr(self, name), getattr(self, name) >= 1, "1 or more")
         require("crop", self.crop, self.crop in CROPS, f"one of {', '.join(CROPS)}")
         require("max_aspect", self.max_aspect, self.max_aspect >= 1, "1 or more")
-        if self.buckets and self.multiple**2 > self.height * self.width:
-            raise ValueError(f"multiple {self.multiple}: no bucket of {self.height}x{self.width} pixels has such sides")
+        if not self.sizes:
+            of = f"{self.height}x{self.width} pixels"
+            raise ValueError(f"multiple {self.multiple}, max_aspect {self.max_aspect}: no bucket of {of}")
 
-    @property
+    @cached_property
     def sizes(self) -> list[Size]:
-        """Of all buckets, the narrowest first: for each side the longest other one that the area allows."""
+        """Of all buckets, by their shape: for each side the longest other one that the area allows."""
         if not self.buckets:
             return [(self.height, self.width)]
         area, step = self.height * self.width, self.multiple
         found = set()
-        for short in range(step, math.isqrt(area) + 1, step):
-            long = area // short // step * step
-            if long <= self.max_aspect * short:
-                found |= {(short, long), (long, short)}
+        for side in range(step, area // step + 1, step):
+            other = area // side // step * step
+            if 0 < max(side, other) <= self.max_aspect * min(side, other):
+                found |= {(side, other), (other, side)}
         return sorted(found, key=_log_aspect)
 
     def bucket(self, size: Size) -> int:
@@ -107,7 +109,9 @@ def open_image(image: Path | bytes | Image.Image) -> Image.Image:
 def upright_size(image: Image.Image) -> Size:
     """Height and width as it is to be looked at; only the header is read."""
     width, height = image.size
-    return (width, height) if image.getexif().get(_ORIENTATION, 1) >= 5 else (height, width)
+    # Pillow decodes a whole PNG to look for orientation behind the pixels, where hardly any program writes it.
+    known = {} if image.format == "PNG" and "exif" not in image.info else image.getexif()
+    return (width, height) if known.get(_ORIENTATION, 1) >= 5 else (height, width)
 
 
 def cover(image: Image.Image, size: Size) -> Cover:

@@ -73,7 +73,7 @@ class Images:
         require("workers", workers, workers >= 0, "0 or more")
         self.source, self.framing = source, framing
         self.sizes = framing.sizes
-        self.allowed = int(max_unreadable * len(source))
+        self.allowed = int(max_unreadable * len(source) + 1e-9)  # 0.29 of 100 are 29
         self.unreadable: dict[str, str] = {}
         self.failed: dict[int, str] = {}
         self._pool = ThreadPoolExecutor(workers, "images") if workers else None

@@ -41,7 +41,7 @@ class Source(Protocol):
 
 
 class ImageFolder:
-    """A folder of images, subfolders included, in the order of their names.
+    """A folder of images, subfolders included, in the order of their names; hidden files are left alone.
 
     Captions stand in `photo.txt` beside `photo.jpg`, every line that is not empty being one; or in one file
     `metadata.jsonl` (or `captions.jsonl`) as Hugging Face's ImageFolder reads it, one object per image with
@@ -59,9 +59,7 @@ class ImageFolder:
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise SourceError(f"{folder}: no such folder")
-        self._files = sorted(
-            path for path in self.folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file()
-        )
+        self._files = sorted(path for path in self.folder.rglob("*") if _is_image(path))
         if not self._files:
             raise SourceError(f"{folder}: no images in it; known are {', '.join(SUFFIXES)}")
         metadata = next((self.folder / name for name in METADATA if (self.folder / name).is_file()), None)
@@ -71,9 +69,7 @@ class ImageFolder:
             _refuse_missing(without, f"needed a .txt beside each, or a {METADATA[0]}")
         else:
             lines = _read_metadata(metadata, caption)
-            _refuse_missing(
-                [path for path in lines if not path.is_file()], f"{metadata} names files that are not there"
-            )
+            _refuse_missing([path for path in lines if not path.is_file()], f"{metadata} names them", "file")
             _refuse_missing([path for path in self._files if path not in lines], f"needed a line in {metadata}")
             self._files, self._captions = list(lines), list(lines.values())
 
@@ -241,6 +237,10 @@ def _members(tar: str) -> Iterator[dict[str, Any]]:
         raise SourceError(f"{tar}: cannot be read as an uncompressed tar file ({error})") from error
 
 
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
+
+
 def _read_metadata(file: Path, caption: str) -> dict[Path, tuple[str, ...]]:
     found: dict[Path, tuple[str, ...]] = {}
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
@@ -264,7 +264,7 @@ def _read_metadata(file: Path, caption: str) -> dict[Path, tuple[str, ...]]:
 def _load_dataset(datasets: ModuleType, name: str, split: str) -> Any:
     saved = any((Path(name) / file).is_file() for file in ("state.json", "dataset_dict.json"))
     try:
-        dataset = datasets.load_from_disk(name) if saved else datasets.load_dataset(name)
+        dataset = datasets.load_from_disk(name) if saved else datasets.load_dataset(name, split=split)
     except Exception as error:  # the library has no common class for what it finds wrong
         raise SourceError(f"{name}: the datasets library cannot open it ({error})") from error
     if isinstance(dataset, Mapping):
@@ -287,7 +287,8 @@ def _as_captions(value: str | Sequence[str]) -> tuple[str, ...]:
 def _refuse_missing(names: Sequence[Any], needed: str, what: str = "caption") -> None:
     if names:
         shown = ", ".join(map(str, names[:5])) + (", …" if len(names) > 5 else "")
-        raise SourceError(f"{len(names)} images without {what}: {shown}; {needed}")
+        count = "1 image" if len(names) == 1 else f"{len(names)} images"
+        raise SourceError(f"{count} without {what}: {shown}; {needed}")
 
 
 def _digest(facts: Iterable[tuple]) -> str:

@@ -102,7 +102,8 @@ def test_lines_of_a_text_file_and_lists_in_metadata_are_several_captions(tmp_pat
 def test_a_folder_says_which_images_have_no_caption(tmp_path):
     folder = write_folder(tmp_path / "some", 3)
     (folder / "001.txt").unlink()
-    with pytest.raises(SourceError, match=r"1 images without caption: .*001\.png; needed a \.txt"):
+    (folder / "._002.png").write_bytes(b"of another program")
+    with pytest.raises(SourceError, match=r"1 image without caption: .*001\.png; needed a \.txt"):
         ImageFolder(folder)
 
 
@@ -136,8 +137,10 @@ def test_a_dataset_names_the_columns_and_splits_that_it_has(tmp_path):
         HuggingFaceDataset(tmp_path / "set", image="text")
     with pytest.raises(SourceError, match="no split 'test'; there are train"):
         HuggingFaceDataset(tmp_path / "set", split="test")
+    with pytest.raises(SourceError, match="the datasets library cannot open it"):
+        HuggingFaceDataset(tmp_path / "nowhere")
     as_dataset(text=lambda n: None if n == 2 else "a").save_to_disk(tmp_path / "gaps")
-    with pytest.raises(SourceError, match=r"1 images without caption: gaps/train\[2\]"):
+    with pytest.raises(SourceError, match=r"1 image without caption: gaps/train\[2\]"):
         HuggingFaceDataset(tmp_path / "gaps")
 
 
