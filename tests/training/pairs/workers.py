@@ -4,10 +4,15 @@ import multiprocessing
 import os
 import signal
 
+import torch
+from fastdistill.training import Teacher
+from fastdistill.training.pairs import Source, generate
+
+from ..toys import tiny_pipeline
+from .conftest import PROMPTS
+
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(
-    [__name__, "fastdistill.training.pairs", f"{__package__}.conftest", "diffusers.pipelines"]
-)
+CONTEXT.set_forkserver_preload([f"{__package__}.preloaded"])  # what it imports is imported once
 
 COUNT, SHARD_SIZE, BATCH_SIZE = 22, 4, 2
 
@@ -52,13 +57,6 @@ def one_of_several(place, meeting, folder, made, dies):
 
 
 def _make(folder, report):
-    import torch
-    from fastdistill.training import Teacher
-    from fastdistill.training.pairs import Source, generate
-
-    from ..toys import tiny_pipeline
-    from .conftest import PROMPTS
-
     torch.set_num_threads(1)
     source = Source.of(Teacher(tiny_pipeline()), PROMPTS)
     return generate(source, described(source), folder, batch_size=BATCH_SIZE, report=report)
