@@ -149,7 +149,7 @@ def _content_problems(
     problems = [f"{name} is not finite in {_pairs(span, bad)}" for name, bad in _not_finite(tensors) if bad.any()]
     problems += _noise_problems(pair_set, span, tensors)
     if not torch.equal(tensors["prompt"], pair_set.prompts_of(span)):
-        problems.append(f"the prompts are not those of seed {pair_set.seed}")
+        return [*problems, f"the prompts are not those of seed {pair_set.seed}"]
     return problems + _text_problems(tensors["prompt"].tolist(), metadata, texts)
 
 
