@@ -165,7 +165,7 @@ class ADDConfig:
             if weights_digest(teacher.pipeline.vae) != weights_digest(own.pipeline.vae):
                 if self.distill_space == "latent":
                     raise ValueError(
-                        f'target_teacher {self.target_teacher} has an autoencoder of its own: its latents are not the '
+                        f"target_teacher {self.target_teacher} has an autoencoder of its own: its latents are not the "
                         'student\'s; needed distill_space "pixel"'
                     )
                 options["encode"] = teacher.encode_images
