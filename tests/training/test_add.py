@@ -541,7 +541,7 @@ def test_another_teacher_with_words_and_latents_of_its_own_reads_the_captions_an
     which = (batch["condition"].states[:, None] - setup.conditions.states).flatten(2).abs().sum(2).argmin(1)
     torch.testing.assert_close(batch["target_condition"].states, theirs.states[which])
     assert Trainer(stage.method, stage.data, stage.trainer, stage.roles).run().updates["student"] == 1
-    with pytest.raises(ValueError, match='has an autoencoder of its own: .* needed distill_space "pixel"'):
+    with pytest.raises(ValueError, match=r'has an autoencoder of its own: .* needed distill_space "pixel"'):
         next(changed(TINY, target_teacher=folder, distill_space="latent").stages(setup))
 
 

@@ -68,7 +68,7 @@ def test_groups_are_as_few_as_hold_eight_samples_each(batch, groups):
 
 
 def test_a_batch_that_cannot_be_divided_says_which_can():
-    with pytest.raises(ValueError, match="batch size 17 makes 3 groups .* not divisible by 3; .* smaller that is: 16"):
+    with pytest.raises(ValueError, match=r"batch size 17 makes 3 groups .* not divisible by 3; .* smaller that is: 16"):
         BatchNormLocal(4)(torch.randn(17, 4, 5))
 
 
@@ -136,5 +136,5 @@ def test_what_does_not_fit_is_named(features, condition, message):
         Discriminator([4, 4], condition_width=3)(features, condition)
     with pytest.raises(ValueError, match="condition: got one; this head needs none"):
         Discriminator([4])([torch.zeros(2, 4, 9)], torch.zeros(2, 3))
-    with pytest.raises(ValueError, match="widths: .* got none"):
+    with pytest.raises(ValueError, match=r"widths: .* got none"):
         Discriminator([])
