@@ -7,9 +7,8 @@ run of its own with as many updates as the others.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
 from typing import Any
+
+from fastdistill._output import write_files
 
 from .add import ADDConfig
 from .settings import changed, to_dict
@@ -170,11 +171,7 @@ def _flat(values: Mapping[str, Any], place: str = "") -> dict[str, str]:
 
 
 def _write(out: Path, table: Mapping[str, Any]) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    digest = hashlib.sha256(str(os.getpid()).encode()).hexdigest()[:8]
-    scratch = out.with_name(f".{out.name}.{digest}")
-    scratch.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
-    os.replace(scratch, out)
+    write_files({out: (json.dumps(table, indent=2) + "\n").encode()})
 
 
 @contextmanager
@@ -185,8 +182,6 @@ def _random_vit() -> Iterator[Callable[[], str]]:
 
         def made() -> str:
             if not folder.exists():
-                import shutil
-
                 import torch
 
                 from fastdistill.models import bundled_networks
