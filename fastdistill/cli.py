@@ -326,14 +326,14 @@ def ablate(
     method: Annotated[str, typer.Argument(metavar="METHOD", help="add: the one whose paper's table is repeated.")],
     out: Annotated[
         Path,
-        typer.Option(metavar="FILE.json", help="Written after every run; a run that stands there is not repeated."),
+        typer.Option(metavar="FILE.json", help="Written after every run; none that is there is repeated."),
     ] = Path("ablation.json"),
     updates: Annotated[int | None, typer.Option(min=1, show_default="as `train add`", help="Of every row.")] = None,
     seeds: Annotated[str, typer.Option(help="Training seeds of every row, a list.")] = "0",
     rows: Annotated[str | None, typer.Option(show_default="all", help="A list of names or groups of rows.")] = None,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="NAME=VALUE", help="Of the first row: any setting of `train add`."),
+        typer.Option("--set", metavar="NAME=VALUE", help="A setting of `train add`, of all rows."),
     ] = None,
     teacher: Annotated[str, typer.Option(help="A digits pipeline: bundled name or folder.")] = "digits-teacher",
     device: Annotated[str, typer.Option(help=DEVICES)] = "cpu",

@@ -129,7 +129,7 @@ def as_markdown(table: Mapping[str, Any], rows: Sequence[Row] = ROWS) -> str:
 
 
 def _cell(values: Sequence[float]) -> str:
-    spread = f" ({min(values):.3f} to {max(values):.3f})" if len(values) > 1 else ""
+    spread = f" ({min(values):.3f} to {max(values):.3f})" if min(values) < max(values) else ""
     return f"{mean(values):.3f}{spread}"
 
 

@@ -16,7 +16,7 @@ def runs(monkeypatch):
 
     def run(config, teacher, images, device):
         seen.append(config)
-        return {"fd": len(seen), "accuracy": 0.9, "diversity": 0.5, "seconds": 1.0}
+        return {"fd": len(seen), "accuracy": 1, "diversity": 2, "seconds": 1.0}
 
     monkeypatch.setattr(ablate, "_run", run)
     return seen
@@ -45,9 +45,9 @@ def test_all_rows_train_as_long_with_each_seed(runs, tmp_path):
     assert table == json.loads((tmp_path / "table.json").read_text())
     lines = ablate.as_markdown(table, rows).splitlines()
     assert lines[2:] == [
-        "| loss terms | adversarial alone | 1.500 (1.000 to 2.000) | 0.900 (0.900 to 0.900) | 0.500 (0.500 to 0.500) |",
-        "| loss terms | distillation alone | 3.500 (3.000 to 4.000) | 0.900 (0.900 to 0.900) | 0.500 (0.500 to 0.500) |",
-        "| teacher | 4 steps | 5.500 (5.000 to 6.000) | 0.900 (0.900 to 0.900) | 0.500 (0.500 to 0.500) |",
+        "| loss terms | adversarial alone | 1.500 (1.000 to 2.000) | 1.000 | 2.000 |",
+        "| loss terms | distillation alone | 3.500 (3.000 to 4.000) | 1.000 | 2.000 |",
+        "| teacher | 4 steps | 5.500 (5.000 to 6.000) | 1.000 | 2.000 |",
     ]
 
 
