@@ -408,7 +408,7 @@ class ADD(Method):
                 parts.append(step.batch["condition"].pooled)
             if self.config.image_condition:
                 parts.append(self.features(self._real_pixels(step)).embedding)
-            step.memo["told"] = torch.cat(parts, dim=1) if parts else None
+            step.memo["told"] = torch.cat([part.float() for part in parts], dim=1) if parts else None
         return step.memo["told"]
 
 
