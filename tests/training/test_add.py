@@ -533,6 +533,8 @@ def test_another_teacher_with_words_and_latents_of_its_own_reads_the_captions_an
 ):
     folder = other_teacher(pipeline, tmp_path, ["unet", "vae", "text_encoder"])
     stage = next(changed(TINY, target_teacher=folder).stages(setup))
+    assert stage.method.target.condition == "target_condition"
+    assert stage.method.target.encode is not None
     batch = stage.data.batch(0, Draws("both", batch_size=8))
     alone = setup.images.batch(0, Draws("both", batch_size=8).fork("conditions"))
     assert torch.equal(batch["data"], alone["data"])
