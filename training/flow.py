@@ -63,13 +63,13 @@ class ReflowConfig:
 
     method: ClassVar[str] = "reflow"
 
-    trainer: TrainerConfig = TrainerConfig(updates=600, batch_size=64, ema_decay=0.98, checkpoint_every=100)
-    student: RoleConfig = RoleConfig(5e-4, weight_decay=0.0, warm_up=20, decay=0.5)
+    trainer: TrainerConfig = TrainerConfig(updates=400, batch_size=64, ema_decay=0.98, checkpoint_every=50)
+    student: RoleConfig = RoleConfig(1e-3, weight_decay=0.0, warm_up=20, decay=0.5)
     rectifications: int = 1
     parameterization: str = "teacher"
     network: str = "unet"
     times: str = "uniform"
-    prompt_dropout: float = 0.0
+    prompt_dropout: float = 0.1
     pairs: int = 3000
     solver: str = "euler"
     pair_steps: int = 25
