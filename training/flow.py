@@ -70,7 +70,7 @@ class ReflowConfig:
     network: str = "unet"
     times: str = "uniform"
     prompt_dropout: float = 0.1
-    pairs: int = 3000
+    pairs: int = 2000
     solver: str = "euler"
     pair_steps: int = 25
     guidance_scale: float = 1.0

@@ -44,7 +44,7 @@ class InstaFlowConfig:
 
     method: ClassVar[str] = "instaflow"
 
-    trainer: TrainerConfig = TrainerConfig(updates=300, batch_size=64, ema_decay=0.98, checkpoint_every=50)
+    trainer: TrainerConfig = TrainerConfig(updates=200, batch_size=64, ema_decay=0.98, checkpoint_every=50)
     student: RoleConfig = RoleConfig(1e-3, weight_decay=0.0, warm_up=20, decay=0.5)
     reflow: ReflowConfig = ReflowConfig()
     network: str = "unet"
