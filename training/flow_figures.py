@@ -1,13 +1,15 @@
 """The figures of InstaFlow's paper (arXiv 2309.06380) on the digits: few steps of a rectified flow, and its guidance.
 
-    python -m fastdistill.training.flow_figures FLOW --write docs/instaflow.md --picture docs/images/instaflow.png
+    python -m fastdistill.training.flow_figures steps FLOW --write docs/instaflow.md --picture docs/images/instaflow.png
+    python -m fastdistill.training.flow_figures students FOLDER… --write docs/instaflow.md
 
-FLOW is a pipeline folder of the method reflow. A few minutes of one core.
+FLOW is a pipeline folder of the method reflow; a few minutes of one core. The others are of the method instaflow.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,15 +18,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastdistill.models.digits.figures import write_between_marks
+from fastdistill.models.digits.figures import interval, write_between_marks
 from fastdistill.models.digits.metrics import score
 from fastdistill.models.digits.sampling import balanced_labels
+from fastdistill.models.digits.students import Student, measure_students
 from fastdistill.models.digits.text import prompt
 
+from .pipelines import FACTS_FILE
 from .solvers import solve
 from .teacher import Teacher
 
-MARKS = ("<!-- flow: begin -->", "<!-- flow: end -->")
+COMMAND = "python -m fastdistill.training.flow_figures"
+STEPS_MARKS = ("<!-- flow: begin -->", "<!-- flow: end -->")
+STUDENTS_MARKS = ("<!-- runs: begin -->", "<!-- runs: end -->")
 STEPS = (1, 2, 4, 8, 25)
 GUIDANCE_SCALES = (1.0, 1.5, 2.0, 3.0, 5.0)
 FLOW_STEPS, TEACHER_STEPS = 4, 8  # of the guidance sweep
@@ -148,29 +154,98 @@ def _line(rows: Sequence[Row], more: str = "", with_diversity: bool = False) -> 
     return f"| {rows[0].label}{more} |{cells}"
 
 
+def students_as_markdown(students: Sequence[Student]) -> str:
+    """A row per student of the method instaflow, and one of the means for each number of rectifications."""
+    lines = [
+        "| student | training seed | updates | straightness before, after | Frechet distance | accuracy | diversity |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for rectifications in sorted({_rectifications(student) for student in students}):
+        runs = [student for student in students if _rectifications(student) == rectifications]
+        runs.sort(key=lambda student: student.seed)
+        name = f"{rectifications} x reflow, then one step" if rectifications else "one step directly"
+        for run in runs:
+            measured = run.facts.get("figures", {}).get("straightness", {}).values()
+            shown = ", ".join(f"{value:.4f}" for value in measured)
+            figures = f"{run.fd:.3f} | {run.accuracy:.3f} | {run.diversity:.3f}"
+            lines.append(f"| {name} | {run.seed} | {_updates(run)} | {shown} | {figures} |")
+        if len(runs) > 1:
+            means = [interval([getattr(run, figure) for run in runs]) for figure in ("fd", "accuracy", "diversity")]
+            lines.append(f"| **{name}** | **{len(runs)} seeds** | | | {' | '.join(means)} |")
+    return "\n".join(lines)
+
+
+def _rectifications(student: Student) -> int:
+    return student.facts["config"]["reflow"]["rectifications"]
+
+
+def _updates(student: Student) -> int:
+    """Of all stages: what a student may be compared with another at."""
+    config = student.facts["config"]
+    reflow = _rectifications(student) * config["reflow"]["trainer"]["updates"]
+    return reflow + config["trainer"]["updates"] + config["lpips_updates"]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status 0; 2 with one clear line for bad input or a missing extra."""
-    command = "python -m fastdistill.training.flow_figures"
-    parser = argparse.ArgumentParser(prog=command, description="Few steps of a rectified flow, and its guidance.")
-    parser.add_argument("flow", help="pipeline folder of the method reflow, trained on the digits")
-    parser.add_argument("--teacher", default="digits-teacher", help="bundled name or pipeline folder")
-    parser.add_argument("--write", type=Path, metavar="FILE", help="put the tables between the marks of this file")
-    parser.add_argument("--picture", type=Path, metavar="PNG", help="draw them")
-    options = parser.parse_args(arguments)
+    options = _parser().parse_args(arguments)
     try:
-        rows = measure(Teacher(options.flow), Teacher(options.teacher), lambda line: print(line, file=sys.stderr))
-        text = (
-            f"Printed by `{command} {options.flow}`: 1000 images per cell, 100 of each digit.\n\n{as_markdown(*rows)}"
-        )
-        print(text)
-        if options.write:
-            write_between_marks(options.write, text, MARKS)
-        if options.picture:
-            draw(*rows, options.picture)
+        options.run(options)
     except (ImportError, ValueError, OSError) as error:
-        print(f"{command}: {error}", file=sys.stderr)
+        print(f"{COMMAND}: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=COMMAND, description="InstaFlow's figures on the digits.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    few = commands.add_parser("steps", help="a rectified flow in few steps and under guidance, beside its teacher")
+    few.add_argument("flow", help="pipeline folder of the method reflow")
+    few.add_argument("--teacher", default="digits-teacher", help="bundled name or pipeline folder")
+    few.add_argument("--picture", type=Path, metavar="PNG", help="draw it")
+    few.set_defaults(run=_steps)
+
+    students = commands.add_parser("students", help="one-step students with and without reflow, over training seeds")
+    students.add_argument("folders", nargs="+", help="pipeline folders of the method instaflow")
+    students.add_argument("--noise-seeds", type=int, nargs="+", default=[0, 1, 2])
+    students.set_defaults(run=_students)
+
+    for command in (few, students):
+        command.add_argument("--write", type=Path, metavar="FILE", help="put the tables between the marks of this file")
+    return parser
+
+
+def _steps(options: argparse.Namespace) -> None:
+    rows = measure(Teacher(options.flow), Teacher(options.teacher), _log)
+    told = f"`{COMMAND} steps {options.flow}`: 1000 images per cell, 100 of each digit"
+    _publish(f"Printed by {told}.\n\n{as_markdown(*rows)}", options.write, STEPS_MARKS)
+    if options.picture:
+        draw(*rows, options.picture)
+
+
+def _students(options: argparse.Namespace) -> None:
+    students = measure_students(options.folders, options.noise_seeds, _log)
+    for student in students:
+        if student.method != "instaflow":
+            raise ValueError(f"folders: needed students of the method instaflow; one is of {student.method}")
+    told = f"`{COMMAND} students {' '.join(options.folders)}`: one step, 1000 images per seed of the noise, of which a "
+    told += (
+        f"run's figures are the means (noise seeds {', '.join(map(str, options.noise_seeds))}); in bold mean ± half "
+    )
+    told += "of the 95 % confidence interval over the training seeds (Student's t)"
+    _publish(f"Printed by {told}.\n\n{students_as_markdown(students)}", options.write, STUDENTS_MARKS)
+
+
+def _publish(text: str, file: Path | None, marks: tuple[str, str]) -> None:
+    print(text)
+    if file is not None:
+        write_between_marks(file, text, marks)
+
+
+def _log(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

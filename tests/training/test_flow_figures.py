@@ -5,7 +5,9 @@ import torch
 from fastdistill.training import Teacher, flow_figures
 from PIL import Image
 
+from fastdistill.models import resolve_model
 from fastdistill.models.digits.sampling import balanced_labels, generate
+from fastdistill.models.digits.students import Student
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +43,26 @@ def test_every_cell_is_measured_printed_and_drawn(teacher, monkeypatch, tmp_path
         assert len(picture.convert("RGB").getcolors(10**6)) > 20
 
 
+def student(seed, rectifications, fd):
+    config = {
+        "trainer": {"updates": 200 if rectifications else 600},
+        "lpips_updates": 0,
+        "reflow": {"rectifications": rectifications, "trainer": {"updates": 400}},
+    }
+    facts = {"config": config, "figures": {"straightness": {"1-RF": 0.09, "2-RF": 0.007}}}
+    return Student("instaflow", seed, fd, 0.99, 0.9, 0.8, facts)
+
+
+def test_students_with_and_without_reflow_stand_in_one_table_at_the_updates_of_all_their_stages():
+    lines = flow_figures.students_as_markdown([student(1, 1, 0.3), student(0, 1, 0.2), student(0, 0, 0.5)]).splitlines()
+    assert lines[2] == "| one step directly | 0 | 600 | 0.0900, 0.0070 | 0.500 | 0.990 | 0.900 |"
+    assert lines[3].startswith("| 1 x reflow, then one step | 0 | 600 | 0.0900, 0.0070 | 0.200 |")
+    assert lines[4].startswith("| 1 x reflow, then one step | 1 |")
+    assert lines[5].startswith("| **1 x reflow, then one step** | **2 seeds** | | | 0.250 ± ")
+
+
 def test_bad_input_is_one_line(capsys):
-    assert flow_figures.main(["nowhere"]) == 2
-    assert "nowhere" in capsys.readouterr().err
+    for arguments in (["steps", "nowhere"], ["students", "nowhere"], ["students", str(resolve_model("digits-dmd"))]):
+        assert flow_figures.main(arguments) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert arguments[1] in line
