@@ -226,15 +226,17 @@ def _steps(options: argparse.Namespace) -> None:
 
 
 def _students(options: argparse.Namespace) -> None:
+    for folder in map(Path, options.folders):
+        file = folder / FACTS_FILE
+        if not file.is_file() or json.loads(file.read_text(encoding="utf-8")).get("method") != "instaflow":
+            raise ValueError(f"{folder}: needed a student of the method instaflow, with its {FACTS_FILE}")
     students = measure_students(options.folders, options.noise_seeds, _log)
-    for student in students:
-        if student.method != "instaflow":
-            raise ValueError(f"folders: needed students of the method instaflow; one is of {student.method}")
-    told = f"`{COMMAND} students {' '.join(options.folders)}`: one step, 1000 images per seed of the noise, of which a "
-    told += (
-        f"run's figures are the means (noise seeds {', '.join(map(str, options.noise_seeds))}); in bold mean ± half "
+    seeds = ", ".join(map(str, options.noise_seeds))
+    told = (
+        f"`{COMMAND} students {' '.join(options.folders)}`: one step, 1000 images per seed of the noise, of which a "
+        f"run's figures are the means (noise seeds {seeds}); in bold mean ± half of the 95 % confidence interval over "
+        "the training seeds (Student's t)"
     )
-    told += "of the 95 % confidence interval over the training seeds (Student's t)"
     _publish(f"Printed by {told}.\n\n{students_as_markdown(students)}", options.write, STUDENTS_MARKS)
 
 
