@@ -308,6 +308,7 @@ def _measure(flow: Flow, config: ReflowConfig, setup: Setup) -> None:
             setup.conditions,
             setup.teacher.sample_shape,
             samples=config.straightness_samples,
+            batch_size=config.trainer.batch_size,
             guidance_scale=flow.guidance_scale,
             unconditional=flow.unconditional,
             seed=config.trainer.seed,

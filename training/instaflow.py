@@ -94,7 +94,7 @@ class InstaFlowConfig:
 
 
 class FlowDistillation(FlowMethod):
-    """The student learns in one Euler step from pure noise, t = 0, what its flow does in many (2309.06380, eq. 9).
+    """The student learns in one Euler step from pure noise, t = 0, what its flow does in many (arXiv 2309.06380).
 
     Each batch is a `pair_noise`, its `pair_sample` and its `pair_condition` (`fastdistill.training.Data`).
 
