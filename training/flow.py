@@ -199,6 +199,11 @@ class FlowMethod(Method):
         guidance_scale: float = 1.0,
         measured: dict[str, float] | None = None,
     ) -> None:
+        if steps > 1 and path.prediction_type == "epsilon" and bool(path.schedule.alpha[-1] == 0):
+            raise ValueError(
+                f"steps={steps}: no sampler of diffusers takes an epsilon network from pure noise in more than one step; "
+                'needed steps=1, or parameterization="flow"'
+            )
         self.student = copy.deepcopy(network).train().requires_grad_(True)
         self.roles = {"student": self.student}
         self.turns = (Turn("student"),)

@@ -343,6 +343,13 @@ def test_reflow_without_a_rectification_is_refused(setup):
         next(dataclasses.replace(REFLOW, rectifications=0).stages(setup))
 
 
+def test_steps_that_no_sampler_could_take_are_refused():
+    path = StraightPath(SCHEDULE, "epsilon")
+    with pytest.raises(ValueError, match="steps=2: no sampler of diffusers takes an epsilon network from pure noise"):
+        Reflow(Linear(), path, steps=2)
+    Reflow(Linear(), path, steps=1)
+
+
 def test_a_missing_lpips_backbone_is_found_before_anything_is_trained(setup):
     config = changed(INSTAFLOW, lpips_updates=2, lpips_backbone="nowhere/vgg16.safetensors")
     with pytest.raises(FileNotFoundError, match=r"nowhere/vgg16\.safetensors"):
