@@ -201,7 +201,7 @@ class FlowMethod(Method):
     ) -> None:
         if steps > 1 and path.prediction_type == "epsilon" and bool(path.schedule.alpha[-1] == 0):
             raise ValueError(
-                f"steps={steps}: no sampler of diffusers takes an epsilon network from pure noise in more than one step; "
+                f"steps={steps}: diffusers samples no epsilon network from pure noise in more than one step; "
                 'needed steps=1, or parameterization="flow"'
             )
         self.student = copy.deepcopy(network).train().requires_grad_(True)

@@ -345,7 +345,7 @@ def test_reflow_without_a_rectification_is_refused(setup):
 
 def test_steps_that_no_sampler_could_take_are_refused():
     path = StraightPath(SCHEDULE, "epsilon")
-    with pytest.raises(ValueError, match="steps=2: no sampler of diffusers takes an epsilon network from pure noise"):
+    with pytest.raises(ValueError, match="steps=2: diffusers samples no epsilon network from pure noise"):
         Reflow(Linear(), path, steps=2)
     Reflow(Linear(), path, steps=1)
 
