@@ -205,6 +205,7 @@ class DMD2(DMD):
             distance=distance,
         )
         self.steps = tuple(config.student_steps)
+        self.levels = [self.schedule.at(t) for t in self.steps]
         self.points = [conversion_point(self.schedule, t, self.prediction_type) for t in self.steps]
 
     def facts(self) -> dict[str, Any]:
@@ -233,8 +234,7 @@ class DMD2(DMD):
         x_t = noise
         for index in range(steps):
             x = self._step(x_t, index, condition)
-            alpha, sigma = self.schedule.at(self.steps[index + 1])
-            x_t = diffusion.add_noise(x, draws.randn(*x.shape[1:]).to(x), alpha, sigma)
+            x_t = diffusion.add_noise(x, draws.randn(*x.shape[1:]).to(x), *self.levels[index + 1])
         return x_t
 
     def sample(self, step: Step) -> Tensor:
