@@ -522,8 +522,9 @@ def _check_count(name: str, value: int, least: int, most: int | None = None) -> 
 
 
 def _values_can_be_read(x: Tensor) -> bool:
-    """Whether looking at the values is free: not on a GPU (it would wait for it), not while torch.compile traces."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+    """Whether looking at the values is free: not on a GPU (it would wait for it), not while torch.compile traces, and
+    not where a subclass has none (fake tensors)."""
+    return x.device.type == "cpu" and type(x) is Tensor and not torch.compiler.is_compiling()
 
 
 def _refuse_zero(name: str, value: Tensor | float, what: str, advice: str) -> None:

@@ -12,9 +12,11 @@ from .features import FeatureNetwork, Features, build_features
 from .method import Losses, Method, Step, Turn
 from .pairs import Pairs, make_pairs
 from .pipelines import TeacherError
+from .progress import Run, TrainingProgress
 from .recipe import MethodConfig, Setup, Stage
 from .teacher import Teacher
-from .trainer import Diverged, Run, Trainer, TrainingProgress
+from .trainer import Diverged, Trainer
+from .world import World, world_of_environment
 
 __all__ = [
     "DMD",
@@ -45,8 +47,10 @@ __all__ = [
     "TrainerConfig",
     "TrainingProgress",
     "Turn",
+    "World",
     "build_features",
     "check_gradient_contract",
     "distill",
     "make_pairs",
+    "world_of_environment",
 ]

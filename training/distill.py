@@ -16,7 +16,8 @@ from .dmd import DMDConfig
 from .pipelines import save_pipeline, student_pipeline
 from .recipe import MethodConfig, Setup, Stage
 from .teacher import Teacher
-from .trainer import Run, Trainer, TrainingProgress
+from .trainer import Run, Trainer, TrainingProgress, Validate
+from .world import World
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -61,6 +62,8 @@ def distill(
     device: str | torch.device | None = None,
     checkpoints: str | Path | None = None,
     resume: bool = False,
+    validate: Validate | None = None,
+    world: World | None = None,
 ) -> Distilled:
     """Distil a text-to-image teacher into one step, by the method whose configuration is given.
 
@@ -78,6 +81,7 @@ def distill(
             `config.trainer.checkpoint_every` updates and at the end, which SIGTERM and SIGINT bring about early; None
             for none.
         resume: continue from the newest checkpoint there; a resumed run equals an uninterrupted one bit for bit.
+        validate, world: as in `Trainer`; the last stage is validated.
 
     Example:
         >>> config = DMDConfig(trainer=TrainerConfig(updates=100))
@@ -105,7 +109,7 @@ def distill(
     setup = Setup(
         teacher, prompts, teacher.encode(prompts), images, None if pairs is None else Path(pairs), work=checkpoints
     )
-    stage, run = _run_stages(config, setup, callback, checkpoints, resume)
+    stage, run = _run_stages(config, setup, callback, checkpoints, resume, validate, world)
     facts = {
         "method": config.method,
         "fastdistill": __version__,
@@ -122,14 +126,29 @@ def distill(
 
 
 def _run_stages(
-    config: MethodConfig, setup: Setup, callback: Callback | None, checkpoints: Path | None, resume: bool
+    config: MethodConfig,
+    setup: Setup,
+    callback: Callback | None,
+    checkpoints: Path | None,
+    resume: bool,
+    validate: Validate | None,
+    world: World | None,
 ) -> tuple[Stage, Run]:
     """The last stage that was run, and what became of it. A signal, or the callback, ends the run within a stage."""
     stages = config.stages(setup)
     stage = next(stages)
     while True:
         folder = None if checkpoints is None else checkpoints / stage.name
-        trainer = Trainer(stage.method, stage.data, stage.trainer, stage.roles, folder=folder)
+        trainer = Trainer(
+            stage.method,
+            stage.data,
+            stage.trainer,
+            stage.roles,
+            folder=folder,
+            validate=validate if stage.is_last else None,
+            stage=stage.name,
+            world=world,
+        )
         if resume:
             trainer.resume()
         run = trainer.run(callback)

@@ -45,13 +45,17 @@ class Setup:
 
 @dataclass(frozen=True)
 class Stage:
-    """One training: its networks, its data, its settings. A checkpoint folder is named after it."""
+    """One training: its networks, its data, its settings. A checkpoint folder is named after it.
+
+    is_last: what it delivers is the student; the stages before prepare for it.
+    """
 
     name: str
     method: Method
     data: Data
     trainer: TrainerConfig
     roles: dict[str, RoleConfig]
+    is_last: bool = True
 
 
 class MethodConfig(Protocol):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,54 +18,17 @@ from .contract import check_gradient_contract
 from .data import Data
 from .draws import Draws
 from .interruption import Interruption
-from .method import Method, Step, Turn
+from .method import Losses, Method, Step, Turn
+from .progress import Run, TrainingProgress, Validation
 from .updates import EMA, RoleUpdater, warm_up_then_decay
+from .world import World
 
-
-@dataclass(frozen=True)
-class TrainingProgress:
-    """What a callback sees.
-
-    Attributes:
-        method: that is running; a run of several stages goes through several.
-        update, total: student updates done and planned.
-        seconds: of training so far, those before a resume included.
-        losses: the terms and logs of the last turns.
-        updates, skipped: optimiser steps per role, taken and left out for a gradient that is not finite.
-        student: the network that would be delivered now, in evaluation mode. Look, but do not change it.
-    """
-
-    method: str
-    update: int
-    total: int
-    seconds: float
-    losses: dict[str, float]
-    updates: dict[str, int]
-    skipped: dict[str, int]
-    student: nn.Module
-
-
-@dataclass(frozen=True)
-class Run:
-    """A finished run.
-
-    Attributes:
-        student: the network to deliver, in evaluation mode.
-        updates: optimiser steps per role.
-        seconds: of training.
-        losses: of the last turns.
-        ended: "finished", "callback", or the name of the signal that ended it.
-    """
-
-    student: nn.Module
-    updates: dict[str, int]
-    seconds: float
-    losses: dict[str, float] = field(default_factory=dict)
-    ended: str = "finished"
+Validate = Callable[[nn.Module], Mapping[str, float]]
 
 
 class Diverged(FloatingPointError):
-    """Too many updates were left out for gradients that are not finite; the last good state was saved."""
+    """Too many updates were left out, for gradients that are not finite or losses that explode; the state of before
+    them was saved."""
 
 
 class Trainer:
@@ -78,6 +41,10 @@ class Trainer:
         roles: of each role that trains.
         folder: where checkpoints go; None keeps none. With a folder, SIGTERM and SIGINT end the run after the iteration
             that it is in, with a checkpoint.
+        validate: figures of the averaged student, in evaluation mode; of the first one lower is better. It must not
+            depend on torch's global random numbers.
+        stage: what the run is called in reports; the method's name unless given.
+        world: the processes that share every batch; this one alone unless given. The first one writes and validates.
 
     An iteration is one pass over the turns: a role whose turn is due is updated once, on `accumulation` micro-batches
     that all due roles of the iteration share.
@@ -91,12 +58,16 @@ class Trainer:
         roles: dict[str, RoleConfig],
         *,
         folder: str | Path | None = None,
+        validate: Validate | None = None,
+        stage: str | None = None,
+        world: World | None = None,
     ) -> None:
         trained = [turn.role for turn in method.turns]
         if sorted(roles) != sorted(trained):
             raise ValueError(f"roles: configured are {sorted(roles)}; {method.name} trains {sorted(trained)}")
         self.method, self.data, self.config = method, data, config
         self.folder = None if folder is None else Path(folder)
+        self.validate, self.stage, self.world = validate, stage or method.name, world or World()
         for role, network in method.roles.items():
             network.requires_grad_(role in trained)
         self.student = trained[0]
@@ -106,13 +77,14 @@ class Trainer:
         self.samples = 0
         self.seconds = 0.0
         self.losses: dict[str, Tensor] = {}
+        self.validation = Validation()
 
     def run(self, callback: Callable[[TrainingProgress], bool | None] | None = None) -> Run:
         """Train until `config.updates` updates of the student are tried, the callback says so, or a signal comes.
 
         Raises:
             GradientContractError: before the first update, if a loss term would move another role than its own.
-            Diverged: more than `config.most_skipped` updates of a role in a row were left out.
+            Diverged: more than `config.most_skipped` updates of a role were left out.
             CheckpointError: the last checkpoint could not be written.
         """
         self._check_contract()
@@ -120,19 +92,23 @@ class Trainer:
         with Interruption(kept=self.folder is not None) as interruption:
             while self.updaters[self.student].attempts < self.config.updates:
                 self.iterate()
-                if self._is_due(self.config.report_every):
+                improved = self._is_due(self.config.validate_every, at_the_end=True) and self._validate()
+                if self._is_due(self.config.report_every, at_the_end=True):
                     self._stop_if_diverged()
-                    if callback is not None and callback(self.progress()):
+                    if self.world.any(callback is not None and bool(callback(self.progress()))):
                         ended = "callback"
                         break
-                if interruption.requested:
-                    ended = interruption.requested
+                if self.world.any(interruption.requested is not None):
+                    ended = interruption.requested or "SIGTERM"
                     break
-                if self.folder is not None and self._is_due(self.config.checkpoint_every):
+                if improved or self._is_due(self.config.checkpoint_every):
                     self.save()
-        if self.folder is not None:
-            self.save()
-        return Run(self.average.network, self._updates(), self.seconds, self._read_losses(), ended)
+        self.save()
+        if self.config.deliver == "best" and self.validation.average is not None:
+            self.average.network.load_state_dict(self.validation.average)
+        found = self.validation
+        losses = self._read_losses()
+        return Run(self.average.network, self._updates(), self.seconds, losses, ended, found.figures, found.best)
 
     def iterate(self) -> None:
         """One iteration: every turn that is due, on the same micro-batches."""
@@ -141,21 +117,36 @@ class Trainer:
         steps = [self._step(index) for index in range(self.config.accumulation)]
         for turn in due:
             self._take(turn, steps)
-        self.samples += self.config.batch_size * self.config.accumulation
+        self.samples += self._batch * self.config.accumulation
         self.iteration += 1
         self.seconds += time.perf_counter() - start
 
     def _take(self, turn: Turn, steps: list[Step]) -> None:
+        total: Tensor | float = 0.0
         with only(turn.role, self.method):
             for step in steps:
-                losses = self.method.losses(turn.role, _at(step, turn.role))
-                (sum(losses.terms.values()) / len(steps)).backward()
+                losses = self._losses(turn.role, step)
+                loss = sum(losses.terms.values()) / len(steps)
+                loss.backward()
+                total = total + loss.detach()
                 self.losses |= {name: value.detach() for name, value in (losses.terms | losses.logs).items()}
-        self.updaters[turn.role].step()
+        self.updaters[turn.role].step(total)
 
-    def save(self) -> Path:
-        """Write a checkpoint of the run as it stands. Resuming it continues as if nothing had happened."""
-        return checkpoint.save(self.folder, self.iteration, self.state(), keep=self.config.keep_checkpoints)
+    def _losses(self, role: str, step: Step) -> Losses:
+        with torch.autocast(step.draws.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
+            return self.method.losses(role, _at(step, role))
+
+    def save(self) -> Path | None:
+        """Write a checkpoint of the run as it stands. Resuming it continues as if nothing had happened.
+
+        None where there is no folder, and in all processes but the first, which wait until it is written.
+        """
+        path = None
+        if self.folder is not None and self.world.is_first:
+            keep, best = self.config.keep_checkpoints, self.validation.best_iteration
+            path = checkpoint.save(self.folder, self.iteration, self.state(), keep=keep, best=best)
+        self.world.wait()
+        return path
 
     def resume(self) -> int | None:
         """Continue from the newest whole checkpoint: the student's updates so far, or None where there is none.
@@ -177,6 +168,7 @@ class Trainer:
             "counters": {"iteration": self.iteration, "samples": self.samples, "seconds": self.seconds},
             "random": checkpoint.random_state(),
             "average": self.average.network.state_dict(),
+            "validation": asdict(self.validation),
         }
         for role, updater in self.updaters.items():
             state[role] = self.method.roles[role].state_dict()
@@ -192,14 +184,17 @@ class Trainer:
             self.method.roles[role].load_state_dict(state[role])
             updater.load_state_dict(state[f"{role}.optimizer"])
         self.average.network.load_state_dict(state["average"])
+        self.validation = Validation(**state["validation"])
         counters = state["counters"]
         self.iteration, self.samples, self.seconds = (counters[name] for name in ("iteration", "samples", "seconds"))
         checkpoint.restore_random_state(state["random"])
 
     def progress(self) -> TrainingProgress:
         """The run as it stands; waits for the device."""
+        device = _device(self.method.roles)
+        norms = {role: updater.optimizer.grad_norm for role, updater in self.updaters.items()}
         return TrainingProgress(
-            self.method.name,
+            self.stage,
             self.updaters[self.student].attempts,
             self.config.updates,
             self.seconds,
@@ -207,14 +202,41 @@ class Trainer:
             self._updates(),
             {role: updater.skipped for role, updater in self.updaters.items()},
             self.average.network,
+            {role: updater.current_learning_rate for role, updater in self.updaters.items()},
+            {role: float(norm) for role, norm in norms.items() if norm is not None},
+            dict(self.validation.figures),
+            self.validation.update,
+            self.validation.best,
+            torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
         )
 
+    @property
+    def _batch(self) -> int:
+        """Samples of a micro-batch over all processes."""
+        return self.config.batch_size * self.world.size
+
+    def _draws(self, *place: int | str, batch_size: int) -> Draws:
+        device, world = _device(self.method.roles), self.world
+        return Draws(self.config.seed, *place, batch_size=batch_size, device=device, rank=world.rank, world=world.size)
+
+    def _validate(self) -> bool:
+        """Whether the averaged student is the best so far."""
+        if self.validate is None:
+            return False
+        if self.world.is_first:
+            with torch.random.fork_rng(), torch.no_grad():
+                figures = {name: float(value) for name, value in self.validate(self.average.network).items()}
+            self.validation.add(
+                self.updaters[self.student].attempts,
+                self.iteration,
+                figures,
+                self.average.network if self.config.deliver == "best" else None,
+            )
+        return self.world.any(self.validation.best_iteration == self.iteration)
+
     def _step(self, index: int) -> Step:
-        config = self.config
-        draws = Draws(
-            config.seed, self.iteration, index, batch_size=config.batch_size, device=_device(self.method.roles)
-        )
-        return Step(self.data.batch(self.samples + index * config.batch_size, draws.fork("data")), draws)
+        draws = self._draws(self.iteration, index, batch_size=self.config.batch_size)
+        return Step(self.data.batch(self.samples + index * self._batch, draws.fork("data")), draws)
 
     def _updater(self, turn: Turn, config: RoleConfig) -> RoleUpdater:
         # The student takes its turn in every `every`-th iteration; the others' schedules run on their own updates.
@@ -226,18 +248,15 @@ class Trainer:
             betas=(config.beta1, config.beta2),
             weight_decay=config.weight_decay,
             max_grad_norm=config.max_grad_norm,
-            schedule=warm_up_then_decay(planned, config.warm_up, config.decay),
+            schedule=warm_up_then_decay(planned, config.warm_up, config.decay, config.decay_shape, config.lowest),
+            explosion=self.config.explosion,
             average=self.average if turn.role == self.student else None,
+            world=self.world,
         )
 
     def _check_contract(self) -> None:
         """On a small batch with numbers of its own; no weight, buffer or generator is different afterwards."""
-        draws = Draws(
-            self.config.seed,
-            "contract",
-            batch_size=min(4, self.config.batch_size),
-            device=_device(self.method.roles),
-        )
+        draws = self._draws("contract", batch_size=min(4, self.config.batch_size))
         step = Step(self.data.batch(0, draws.fork("data")), draws)
         with torch.random.fork_rng(), _untouched_buffers(self.method), self.method.probing():
             for turn in self.method.turns:
@@ -247,7 +266,7 @@ class Trainer:
         def compute() -> dict[str, Tensor]:
             with only(role, self.method):
                 # With an empty memo: what an earlier turn left there would hide how the sample is made.
-                return self.method.losses(role, _at(replace(step, memo={}), role)).terms
+                return self._losses(role, replace(step, memo={})).terms
 
         def one(name: str) -> Callable[[], Tensor]:
             return lambda: compute()[name]
@@ -256,19 +275,20 @@ class Trainer:
             names = list(compute())
         return {name: (role, one(name)) for name in names}
 
-    def _is_due(self, every: int) -> bool:
-        updater = self.updaters[self.student]
+    def _is_due(self, every: int, at_the_end: bool = False) -> bool:
+        """After every so many updates of the student, and after the last one if asked for; 0 for the last alone."""
+        attempts = self.updaters[self.student].attempts
         taken_now = self.iteration % self.method.turns[0].every == 0
-        return taken_now and every > 0 and (updater.attempts % every == 0 or updater.attempts == self.config.updates)
+        regular = every > 0 and attempts % every == 0
+        return taken_now and (regular or (at_the_end and attempts == self.config.updates))
 
     def _stop_if_diverged(self) -> None:
         for role, updater in self.updaters.items():
             if updater.skipped > self.config.most_skipped:
-                if self.folder is not None:
-                    self.save()
+                self.save()
                 raise Diverged(
-                    f"{role}: {updater.skipped} updates were left out for losses or gradients that are not finite "
-                    f"(most_skipped {self.config.most_skipped}); the networks are as they were before"
+                    f"{role}: {updater.skipped} updates were left out for losses that explode or gradients that are "
+                    f"not finite (most_skipped {self.config.most_skipped}); the networks are as they were before"
                 )
 
     def _updates(self) -> dict[str, int]:
@@ -280,10 +300,14 @@ class Trainer:
     def _identity(self) -> dict[str, Any]:
         """What a checkpoint must agree with."""
         config = asdict(self.config)
-        for free in ("updates", "report_every", "checkpoint_every", "keep_checkpoints", "most_skipped"):
+        for free in _FREE:
             config.pop(free)
         networks = {role: _architecture(self.method.roles[role]) for role in self.updaters}
         return {"method": self.method.name, "facts": self.method.facts(), "config": config, "networks": networks}
+
+
+# Settings that a resumed run may change.
+_FREE = ("updates", "report_every", "checkpoint_every", "keep_checkpoints", "most_skipped", "validate_every", "deliver")
 
 
 @contextmanager

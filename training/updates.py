@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from fastdistill.optim import FusedAdamW
+
+from .guard import LossGuard
+from .world import World
 
 
 class RoleUpdater:
@@ -31,9 +35,15 @@ class RoleUpdater:
         weight_decay: float,
         max_grad_norm: float,
         schedule: Callable[[int], float],
+        explosion: float = 0.0,
         average: EMA | None = None,
+        world: World | None = None,
     ):
-        """`schedule(n)` is the factor of the learning rate at update n, counted from 0; `average` follows `network`."""
+        """`schedule(n)` is the factor of the learning rate at update n, counted from 0; `average` follows `network`.
+
+        explosion: see `LossGuard`.
+        world: the processes whose gradients are averaged.
+        """
         trained = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
         averages = None if average is None else dict(average.network.named_parameters())
         self.optimizer = FusedAdamW(
@@ -44,7 +54,8 @@ class RoleUpdater:
             max_grad_norm=max_grad_norm,
             ema=None if averages is None else [averages[name] for name, _ in trained],
         )
-        self.network, self.average = network, average
+        self.network, self.average, self.world = network, average, world or World()
+        self.guard = LossGuard(explosion, trained[0][1].device)
         self.learning_rate, self.schedule = learning_rate, schedule
         self.attempts = 0
 
@@ -58,10 +69,25 @@ class RoleUpdater:
         """Steps taken; waits for the device."""
         return self.attempts - self.skipped
 
-    def step(self) -> None:
-        """Update the role, and its average, from the gradients that its parameters have, and clear these."""
+    @property
+    def current_learning_rate(self) -> float:
+        """Of the next update."""
+        return self.learning_rate * self.schedule(self.attempts)
+
+    def step(self, loss: Tensor | None = None) -> None:
+        """Update the role, and its average, from the gradients that its parameters have, and clear these.
+
+        loss: () what the gradients are of; one that explodes leaves the update out, as a gradient that is not finite
+            does.
+        """
+        gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if loss is not None and gradients:
+            # On the device, and before the exchange: what one process refuses, all leave out.
+            refused = torch.where(self.guard.accepts(loss), 0.0, math.nan)
+            gradients[0].add_(refused.to(gradients[0].dtype))
+        self.world.average(gradients)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate * self.schedule(self.attempts)
+            group["lr"] = self.current_learning_rate
         if self.average is not None:
             self.optimizer.ema_decay = self.average.decay_at(self.attempts)
         skipped = self.optimizer.skipped.clone()
@@ -72,21 +98,36 @@ class RoleUpdater:
             self.average.copy_buffers(self.network, where=self.optimizer.skipped == skipped)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"adamw": self.optimizer.state_dict(), "attempts": self.attempts, "skipped": self.skipped}
+        return {
+            "adamw": self.optimizer.state_dict(),
+            "guard": self.guard.state_dict(),
+            "attempts": self.attempts,
+            "skipped": self.skipped,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(state["adamw"])
+        self.guard.load_state_dict(state["guard"])
         self.attempts = state["attempts"]
         self.optimizer.skipped.fill_(state["skipped"])
 
 
-def warm_up_then_decay(updates: int, warm_up: int, decay: float) -> Callable[[int], float]:
-    """Learning-rate factor: linear from 0 over `warm_up` updates, 1, then linear to 0 over the last share `decay`."""
+def warm_up_then_decay(
+    updates: int, warm_up: int, decay: float, shape: str = "linear", lowest: float = 0.0
+) -> Callable[[int], float]:
+    """Learning-rate factor of an update, counted from 0.
+
+    Linear from 0 over `warm_up` updates, then 1, then down to `lowest` over the last share `decay` of all `updates`,
+    on a line or on half a cosine.
+    """
 
     def factor(update: int) -> float:
         up = min(1.0, (update + 1) / (warm_up + 1))
         down = 1.0 if decay == 0 else min(1.0, (updates - update) / (decay * updates))
-        return up * max(0.0, down)
+        down = max(0.0, down)
+        if shape == "cosine":
+            down = 0.5 - 0.5 * math.cos(math.pi * down)
+        return up * (lowest + (1 - lowest) * down)
 
     return factor
 

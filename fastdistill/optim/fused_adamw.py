@@ -308,9 +308,14 @@ def _pair_up(params: list[torch.Tensor], ema: Iterable[torch.Tensor]) -> dict[to
                 f"ema[{i}]: {average.dtype} of a parameter in {p.dtype}, needs {wide}: with a decay near 1 an average "
                 "of fewer bits does not move"
             )
-        if average is p or (average.data_ptr() == p.data_ptr() and p.numel()):
+        if average is p or (_place(average) == _place(p) and p.numel()):
             raise ValueError(f"ema[{i}]: is its parameter's own memory, needs a copy")
     return dict(zip(params, ema))
+
+
+def _place(t: torch.Tensor) -> tuple[int, int]:
+    """Where a tensor's first element lies; fake tensors, which have no addresses, have this."""
+    return t.untyped_storage()._cdata, t.storage_offset()
 
 
 def _check_group(group: dict[str, Any]) -> None:

@@ -100,10 +100,8 @@ def test_gradients_reach_the_images_as_through_transformers_itself_and_nothing_e
 
 def test_nothing_in_it_changes_and_it_stays_in_evaluation_mode():
     vit = ViTModel(ViTConfig(**SMALL, hidden_dropout_prob=0.5), add_pooling_layer=False)
-    vit.gradient_checkpointing_enable()
     features = build_features(vit, mean=MEAN, std=STD).train()
     assert not any(module.training for module in features.modules())
-    assert not vit.is_gradient_checkpointing
     before = {name: value.clone() for name, value in features.state_dict().items()}
     images = torch.rand(2, 3, 16, 16)
     first, again = features(images), features(images)
@@ -111,6 +109,17 @@ def test_nothing_in_it_changes_and_it_stays_in_evaluation_mode():
     assert all(torch.equal(a, b) for a, b in zip(first.tokens, again.tokens))
     assert all(torch.equal(value, before[name]) for name, value in features.state_dict().items())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in vit.modules())
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")
+def test_no_block_is_computed_again_in_the_backward_pass():
+    vit = ViTModel(ViTConfig(**SMALL), add_pooling_layer=False)
+    vit.train().gradient_checkpointing_enable()
+    features = build_features(vit, mean=MEAN, std=STD).train()
+    calls = []
+    vit.get_submodule("layers.1").register_forward_pre_hook(lambda *_: calls.append(1))
+    features(torch.rand(2, 3, 16, 16, requires_grad=True)).embedding.sum().backward()
+    assert len(calls) == 1
 
 
 def test_layers_spread_over_the_depth_as_in_the_paper():

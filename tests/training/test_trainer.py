@@ -246,3 +246,72 @@ def test_roles_without_a_configuration_are_named():
         ValueError, match=r"roles: configured are \['student'\]; pursuit trains \['critic', 'student'\]"
     ):
         Trainer(Pursuit(), PromptData(CONDITIONS, (2,)), CONFIG, {"student": ADAM})
+
+
+def validated(config, folder=None):
+    """A run whose validation gives 5, 3, 4: the second is the best. What it saw, the trainer and the run."""
+    seen, figures = [], iter([5.0, 3.0, 4.0])
+
+    def validate(student):
+        assert not student.training
+        torch.rand(3)  # must not change the run
+        seen.append([p.clone() for p in student.parameters()])
+        return {"distance": next(figures), "accuracy": 1.0}
+
+    method = Pursuit()
+    roles = {turn.role: ADAM for turn in method.turns}
+    made = Trainer(method, PromptData(CONDITIONS, (2,)), config, roles, folder=folder, validate=validate)
+    reports = []
+    return seen, made, made.run(reports.append), reports
+
+
+def test_validation_sees_the_average_every_so_many_updates_and_changes_nothing():
+    seen, made, run, reports = validated(dataclasses.replace(CONFIG, validate_every=2))
+    plain = trainer()
+    plain.run()
+    assert len(seen) == 3
+    assert same(weights(made), weights(plain))
+    assert (run.best, run.validation) == (4, {"distance": 4.0, "accuracy": 1.0})
+    assert [(r.validated, r.best) for r in reports] == [(None, None), (2, 2), (2, 2), (4, 4), (4, 4), (6, 4)]
+
+
+@pytest.mark.parametrize(("deliver", "index"), [("last", 2), ("best", 1)])
+def test_the_best_or_the_last_average_is_delivered(deliver, index):
+    seen, _, run, _ = validated(dataclasses.replace(CONFIG, validate_every=2, deliver=deliver))
+    assert same(run.student.parameters(), seen[index])
+
+
+def test_the_best_checkpoint_is_kept_beside_the_newest(tmp_path):
+    config = dataclasses.replace(CONFIG, validate_every=2, checkpoint_every=1, keep_checkpoints=1)
+    validated(config, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000008", "step-00000012"]
+
+
+def test_the_best_average_survives_a_stop(tmp_path):
+    config = dataclasses.replace(CONFIG, validate_every=2, deliver="best")
+    seen, *_ = validated(config, tmp_path)
+    resumed = trainer(config=config, folder=tmp_path)
+    resumed.resume()
+    assert same(resumed.run().student.parameters(), seen[1])
+
+
+def test_progress_tells_learning_rates_and_gradient_norms_of_every_role():
+    reports = []
+    trainer().run(reports.append)
+    assert reports[0].learning_rates == pytest.approx({"student": 0.01 * 2 / 3, "critic": 0.01})
+    assert all(norm > 0 for norm in reports[-1].gradient_norms.values())
+    assert reports[0].stage == "pursuit"
+
+
+def test_autocast_reaches_the_networks_and_leaves_weights_and_losses_float32():
+    dtypes = []
+
+    class Seeing(Pursuit):
+        def losses(self, role, step):
+            dtypes.append(self.roles["student"](step.batch["noise"]).dtype)
+            return super().losses(role, step)
+
+    made = trainer(Seeing(), dataclasses.replace(CONFIG, precision="bfloat16"))
+    made.run()
+    assert set(dtypes) == {torch.bfloat16}
+    assert {p.dtype for p in made.method.roles["student"].parameters()} == {torch.float32}

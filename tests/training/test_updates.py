@@ -20,6 +20,30 @@ def test_the_learning_rate_warms_up_over_updates_and_falls_to_zero_over_the_last
     assert warm_up_then_decay(100, warm_up=0, decay=0)(99) == 1.0
 
 
+def test_a_cosine_falls_to_its_lowest_share():
+    factor = warm_up_then_decay(101, warm_up=0, decay=1.0, shape="cosine", lowest=0.1)
+    assert factor(0) == 1.0
+    assert factor(50) == pytest.approx(0.1 + 0.9 * 0.5, abs=0.01)
+    assert factor(100) == pytest.approx(0.1, abs=1e-3)
+    assert warm_up_then_decay(100, 0, 0.5, lowest=0.2)(99) == pytest.approx(0.2, abs=0.02)
+
+
+def test_an_exploding_loss_leaves_the_update_out_and_is_counted():
+    network = nn.Linear(1, 1, bias=False)
+    update = updater(network, explosion=10.0)
+    for _ in range(25):
+        network.weight.sum().backward()
+        update.step(torch.tensor(1.0))
+    before = network.weight.clone()
+    network.weight.sum().backward()
+    update.step(torch.tensor(1e3))
+    assert torch.equal(network.weight, before)
+    assert (update.updates, update.skipped) == (25, 1)
+    network.weight.sum().backward()
+    update.step(torch.tensor(2.0))
+    assert update.updates == 26
+
+
 def step(updater, loss):
     loss.backward()
     updater.step()

@@ -1,4 +1,4 @@
-"""`python -m fastdistill.models.digits teacher | vit | evaluate`: train from nothing, print the figures."""
+"""`python -m fastdistill.models.digits teacher | vit | evaluate | students`: train from nothing, print the figures."""
 
 from __future__ import annotations
 
@@ -44,6 +44,12 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--models", nargs="+", metavar="NAME_OR_PATH", help="default: every bundled model")
     evaluate.add_argument("--write", type=Path, nargs="+", default=[], metavar="FILE", help="put them into these files")
     evaluate.set_defaults(run=_evaluate)
+
+    students = commands.add_parser("students", help="compare one-step students of several methods and training seeds")
+    students.add_argument("folders", nargs="+", metavar="FOLDER", help="written by `fastdistill train`")
+    students.add_argument("--noise-seeds", type=int, nargs="+", default=[0, 1, 2])
+    students.add_argument("--write", type=Path, nargs="+", default=[], metavar="FILE", help="put them into these files")
+    students.set_defaults(run=_students)
     return parser
 
 
@@ -116,6 +122,21 @@ def _evaluate(options: argparse.Namespace) -> None:
     print(text)
     for file in options.write:
         write_between_marks(file, text)
+
+
+def _students(options: argparse.Namespace) -> None:
+    from .figures import write_between_marks
+    from .students import STUDENTS, as_markdown, measure_students
+
+    def log(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    students = measure_students(options.folders, options.noise_seeds, log)
+    command = " ".join([f"{COMMAND} students", *options.folders])
+    text = f"Printed by `{command}`: {as_markdown(students, options.noise_seeds)}"
+    print(text)
+    for file in options.write:
+        write_between_marks(file, text, STUDENTS)
 
 
 if __name__ == "__main__":

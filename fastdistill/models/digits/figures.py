@@ -15,6 +15,7 @@ from .sampling import balanced_labels, generate
 from .train_vae import decode, encode
 
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
+MARKS = (BEGIN, END)
 TEACHER = "digits-teacher"
 TEACHER_STEPS = (50, 25, 1)
 STUDENT_STEPS = (1,)
@@ -98,14 +99,15 @@ def interval(values: Sequence[float]) -> str:
     return f"{mean:.3f} ± {t.ppf(0.975, len(values) - 1) * deviation / math.sqrt(len(values)):.3f}"
 
 
-def write_between_marks(file: Path, text: str) -> None:
+def write_between_marks(file: Path, text: str, marks: tuple[str, str] = MARKS) -> None:
     """Replace what stands between the two marks in `file`.
 
     Raises:
         ValueError: the marks are not there, once each and in order.
     """
+    begin, end = marks
     content = file.read_text(encoding="utf-8")
-    if content.count(BEGIN) != 1 or content.count(END) != 1 or content.index(BEGIN) > content.index(END):
-        raise ValueError(f"{file}: needed {BEGIN!r} and, after it, {END!r}, once each")
-    head, tail = content.split(BEGIN)[0], content.split(END)[1]
-    file.write_text(f"{head}{BEGIN}\n{text}\n{END}{tail}", encoding="utf-8")
+    if content.count(begin) != 1 or content.count(end) != 1 or content.index(begin) > content.index(end):
+        raise ValueError(f"{file}: needed {begin!r} and, after it, {end!r}, once each")
+    head, tail = content.split(begin)[0], content.split(end)[1]
+    file.write_text(f"{head}{begin}\n{text}\n{end}{tail}", encoding="utf-8")
