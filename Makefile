@@ -20,10 +20,10 @@ PIP := $(PY) -m pip --disable-pip-version-check
 
 SOURCES := pyproject.toml setup.py $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
 
-.PHONY: help demo test test-fast lint format bench gpu-check document wheel check-wheel abi-check clean
+.PHONY: help demo test test-fast test-long lint format bench gpu-check document wheel check-wheel abi-check clean
 help:
 	@sed -n '/^# Everything/,/^$$/p' Makefile | sed 's/^# \{0,1\}//'
-	@echo "Targets: demo test test-fast lint format bench gpu-check document wheel check-wheel abi-check clean"
+	@echo "Targets: demo test test-fast test-long lint format bench gpu-check document wheel check-wheel abi-check clean"
 
 # Installed editable, with the libraries built in place; again whenever a source of theirs changes.
 $(STAMP): $(SOURCES)
@@ -49,6 +49,10 @@ test: $(STAMP)
 # Without the tests that build native code.
 test-fast: $(STAMP)
 	$(PY) -m pytest -m "not compiler"
+
+# The tests that take minutes: whole trainings held to the bands of their documentation.
+test-long: $(STAMP)
+	OMP_NUM_THREADS=1 $(PY) -m pytest $(PARALLEL) -m long
 
 lint: $(STAMP)
 	$(PY) -m ruff check .

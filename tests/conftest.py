@@ -14,6 +14,11 @@ def pytest_collection_modifyitems(config, items):
     if other:
         config.hook.pytest_deselected(items=other)
         items[:] = [item for item in items if item not in set(other)]
+    # Not by `-m "not long"` in addopts: any other -m on the command line would bring them back.
+    long = [item for item in items if "long" in item.keywords and "long" not in (config.option.markexpr or "")]
+    if long:
+        config.hook.pytest_deselected(items=long)
+        items[:] = [item for item in items if item not in set(long)]
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))

@@ -1,11 +1,14 @@
 """Distillation of diffusion teachers into one-step students."""
 
+from .add import ADD, ADDConfig
 from .checkpoint import CheckpointError
 from .condition import Condition
 from .config import RoleConfig, TrainerConfig
 from .contract import GradientContractError, check_gradient_contract
 from .data import Data, LatentData, PromptData
+from .digits import digits_images
 from .distill import Distilled, distill
+from .discriminator import Discriminator
 from .dmd import DMD, DMDConfig
 from .draws import Draws
 from .features import FeatureNetwork, Features, build_features
@@ -19,11 +22,14 @@ from .trainer import Diverged, Trainer
 from .world import World, world_of_environment
 
 __all__ = [
+    "ADD",
     "DMD",
+    "ADDConfig",
     "CheckpointError",
     "Condition",
     "DMDConfig",
     "Data",
+    "Discriminator",
     "Distilled",
     "Diverged",
     "Draws",
@@ -50,6 +56,7 @@ __all__ = [
     "World",
     "build_features",
     "check_gradient_contract",
+    "digits_images",
     "distill",
     "make_pairs",
     "world_of_environment",

@@ -6,7 +6,11 @@ from collections.abc import Iterator
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
+import torch
+
+from .data import LatentData
 from .dmd import DMDConfig
+from .teacher import Teacher
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -19,6 +23,32 @@ def digits_prompts() -> list[str]:
     from fastdistill.models.digits.text import captions
 
     return [caption for digit in range(10) for caption in captions(digit)]
+
+
+def digits_images(teacher: Teacher, *, seed: int = 0, batch_size: int = 256) -> LatentData:
+    """The 1797 real digits with their pixels (1797, 3, 32, 32) and latents, the autoencoder's means.
+
+    A digit is called by any of its captions, one drawn each time; the conditions are those of `digits_prompts()`, in
+    their order.
+
+    Args:
+        teacher: of the digits, or any whose autoencoder takes 32x32 images.
+        seed: of the order.
+        batch_size: images encoded at once.
+
+    Raises:
+        ImportError: scikit-learn, which carries the data, is not installed.
+    """
+    from fastdistill.models.digits.data import load_digits
+    from fastdistill.models.digits.text import captions
+
+    digits = load_digits()
+    images = digits.images.expand(-1, 3, -1, -1).to(teacher.device).contiguous()
+    latents = torch.cat([teacher.encode_images(some) for some in images.split(batch_size)])
+    per_digit = len(captions(0))
+    of_each = digits.labels[:, None] * per_digit + torch.arange(per_digit)  # (1797, K)
+    conditions = teacher.encode(digits_prompts())
+    return LatentData(latents, conditions, of_each.to(teacher.device), images=images, seed=seed)
 
 
 def digits_card(name: str, config: DMDConfig) -> str:
