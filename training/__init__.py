@@ -7,8 +7,8 @@ from .config import RoleConfig, TrainerConfig
 from .contract import GradientContractError, check_gradient_contract
 from .data import Data, LatentData, PromptData
 from .digits import digits_images
-from .distill import Distilled, distill
 from .discriminator import Discriminator
+from .distill import Distilled, distill
 from .dmd import DMD, DMDConfig
 from .draws import Draws
 from .features import FeatureNetwork, Features, build_features
