@@ -12,11 +12,14 @@ from .distill import Distilled, distill
 from .dmd import DMD, DMDConfig
 from .draws import Draws
 from .features import FeatureNetwork, Features, build_features
+from .flow import Reflow, ReflowConfig
+from .instaflow import FlowDistillation, InstaFlowConfig
 from .method import Losses, Method, Step, Turn
-from .pairs import Pairs, make_pairs
+from .pairs import Pairs, PairSetError, load_pairs, make_pairs, pairs_for
 from .pipelines import TeacherError
 from .progress import Run, TrainingProgress
 from .recipe import MethodConfig, Setup, Stage
+from .straight_path import StraightPath, flow_straightness
 from .teacher import Teacher
 from .trainer import Diverged, Trainer
 from .world import World, world_of_environment
@@ -35,18 +38,24 @@ __all__ = [
     "Draws",
     "FeatureNetwork",
     "Features",
+    "FlowDistillation",
     "GradientContractError",
+    "InstaFlowConfig",
     "LatentData",
     "Losses",
     "Method",
     "MethodConfig",
+    "PairSetError",
     "Pairs",
     "PromptData",
+    "Reflow",
+    "ReflowConfig",
     "RoleConfig",
     "Run",
     "Setup",
     "Stage",
     "Step",
+    "StraightPath",
     "Teacher",
     "TeacherError",
     "Trainer",
@@ -58,6 +67,9 @@ __all__ = [
     "check_gradient_contract",
     "digits_images",
     "distill",
+    "flow_straightness",
+    "load_pairs",
     "make_pairs",
+    "pairs_for",
     "world_of_environment",
 ]

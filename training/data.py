@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
 from .condition import Condition
 from .draws import Draws
-from .pairs import Pairs
+
+if TYPE_CHECKING:
+    from .pairs import Pairs
 
 
 class Data(Protocol):

@@ -114,12 +114,13 @@ def distill(
         "method": config.method,
         "fastdistill": __version__,
         "sampling": stage.method.sampling(),
-        "prediction_type": teacher.prediction_type,
+        "prediction_type": stage.method.facts().get("prediction_type", teacher.prediction_type),
         "zero_terminal_snr": bool(teacher.schedule.alpha[-1] == 0),
         "teacher": teacher.facts(),
         "prompts": len(prompts),
         "updates": run.updates,
         "config": asdict(config),
+        **({"figures": figures} if (figures := stage.method.figures()) else {}),
     }
     scheduler = stage.method.scheduler(teacher.pipeline.scheduler)
     return Distilled(student_pipeline(teacher.pipeline, run.student, scheduler), run, facts, teacher.folder)

@@ -28,7 +28,7 @@ from .data import PromptData
 from .draws import Draws
 from .method import Losses, Method, Step, Turn
 from .networks import conversion_point, predict, predict_guided
-from .pairs import make_pairs
+from .pairs import pairs_for
 from .recipe import Setup, Stage
 
 
@@ -45,7 +45,8 @@ class DMDConfig:
         guidance_scale: classifier-free guidance of the teacher, 1 for none. The fake score is never guided.
         min_timestep, max_timestep: range of the timesteps at which the distributions are compared, as shares of T.
         regression_weight: of the mean squared error to the ends of the teacher's ODE, 0 to leave it out.
-        pairs, pair_steps: how many noises the ODE is solved for, and in how many DDIM steps.
+        pairs, pair_steps: how many noises the ODE is solved for, and in how many DDIM steps; not of pairs that
+            the run is given.
     """
 
     method: ClassVar[str] = "dmd"
@@ -79,16 +80,11 @@ class DMDConfig:
         method = DMD(teacher.unet, teacher.schedule, teacher.prediction_type, self, unconditional)
         pairs = None
         if self.regression_weight > 0:
-            pairs = make_pairs(
-                teacher.unet,
-                setup.conditions,
-                teacher.schedule,
-                teacher.prediction_type,
+            pairs = pairs_for(
+                setup,
                 count=self.pairs,
-                sample_shape=teacher.sample_shape,
                 steps=self.pair_steps,
                 guidance_scale=self.guidance_scale,
-                unconditional=unconditional,
                 seed=self.trainer.seed + 1,  # the loop's own noises are drawn from its seed
             )
         data = PromptData(setup.conditions, teacher.sample_shape, pairs)
