@@ -10,7 +10,9 @@ from .digits import digits_images
 from .discriminator import Discriminator
 from .distill import Distilled, distill
 from .dmd import DMD, DMDConfig
+from .dmd2 import DMD2, DMD2Config
 from .draws import Draws
+from .fake_score import FakeScore
 from .features import FeatureNetwork, Features, build_features
 from .flow import Reflow, ReflowConfig
 from .instaflow import FlowDistillation, InstaFlowConfig
@@ -27,15 +29,18 @@ from .world import World, world_of_environment
 __all__ = [
     "ADD",
     "DMD",
+    "DMD2",
     "ADDConfig",
     "CheckpointError",
     "Condition",
+    "DMD2Config",
     "DMDConfig",
     "Data",
     "Discriminator",
     "Distilled",
     "Diverged",
     "Draws",
+    "FakeScore",
     "FeatureNetwork",
     "Features",
     "FlowDistillation",

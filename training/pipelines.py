@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from diffusers import DDIMScheduler, DiffusionPipeline
+    from diffusers import DDIMScheduler, DiffusionPipeline, LCMScheduler
 
 FACTS_FILE = "fastdistill.json"
 
@@ -61,6 +62,39 @@ def one_step_scheduler(scheduler, timestep: int) -> DDIMScheduler:
     elif config.get("prediction_type", "epsilon") == "epsilon":
         options["rescale_betas_zero_snr"] = False
     return DDIMScheduler.from_config(config, **options)
+
+
+def renoising_scheduler(scheduler, timesteps: Sequence[int]) -> LCMScheduler:
+    """An LCM scheduler that visits exactly these timesteps, descending, when it is asked for as many steps.
+
+    Each step's x0 is diffused with fresh noise to the next timestep, and the last one's is the sample. LCM's boundary
+    condition, which mixes some of x_t into x0, is made to vanish. A schedule that goes on beyond the first timestep is
+    cut off behind it.
+
+    Raises:
+        ValueError: timesteps that LCM's even spacing does not reach, or an epsilon network at pure noise.
+    """
+    from diffusers import LCMScheduler
+
+    config, timesteps = scheduler.config, list(timesteps)
+    options = {"timestep_scaling": 1e10, "original_inference_steps": len(timesteps)}
+    options |= {"clip_sample": False, "thresholding": False, "set_alpha_to_one": True}
+    if timesteps[0] < config.num_train_timesteps - 1:
+        betas = scheduler.betas[: timesteps[0] + 1].tolist()  # already rescaled, if they are
+        options |= {"num_train_timesteps": len(betas), "trained_betas": betas, "rescale_betas_zero_snr": False}
+    elif config.get("prediction_type", "epsilon") == "epsilon" and config.get("rescale_betas_zero_snr"):
+        raise ValueError(
+            f"several steps from t = {timesteps[0]}: an epsilon network says nothing about x0 at this schedule's pure "
+            "noise; start at an earlier timestep, or use a teacher that predicts v"
+        )
+    found = LCMScheduler.from_config(config, **options)
+    found.set_timesteps(len(timesteps))
+    if found.timesteps.tolist() != timesteps:
+        raise ValueError(
+            f"timesteps {timesteps}: an LCM scheduler visits {found.timesteps.tolist()} in {len(timesteps)} steps; "
+            "needed evenly spaced ones"
+        )
+    return found
 
 
 def student_pipeline(teacher: DiffusionPipeline, student: nn.Module, scheduler) -> DiffusionPipeline:
