@@ -19,7 +19,7 @@ from .networks import IMAGE_SIZE, build_vit
 from .train_vae import warm_up_and_cosine
 
 BATCH = 64
-LEARNING_RATE = 1e-3
+LEARNING_RATE = 2e-3
 LABEL_SMOOTHING = 0.1
 HELD_OUT = 252  # the last ones, which two writers wrote: the order of the labels shows where a writer ends
 
