@@ -128,7 +128,7 @@ def _shares(method: str, case: Case, turns: dict[str, Speed]) -> str:
         f"{count} {role} turn{'s' if count > 1 else ''} {100 * spent[role] / total:.0f} %"
         for role, count in zip(case.roles, case.usual)
     ]
-    return f"{method}: of the time that a student update takes with the others' by default, {', '.join(parts)}"
+    return f"{method}, a student update and the others' turns that go with it by default: {', '.join(parts)}"
 
 
 def _errors(ours: dict[str, Tensor], plain: LossesByRole, exact: LossesByRole) -> dict[str, accuracy.Accuracy]:

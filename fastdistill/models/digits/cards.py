@@ -91,7 +91,7 @@ features = build_features("digits-vit")  # images (B, 3, 32, 32) in [-1, 1] to t
 {command}
 ```
 
-From nothing, on a CPU, {steps} steps of batch 64: cross-entropy (label smoothing {smoothing}) on the first {shown}
+From nothing, on a CPU, {steps} steps of batch 32: cross-entropy (label smoothing {smoothing}) on the first {shown}
 digits, turned, scaled, moved and partly covered at random.
 
 {data}
