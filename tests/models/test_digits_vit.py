@@ -105,7 +105,7 @@ def test_augmentation_moves_and_covers_each_image_in_its_own_way_and_adds_no_ink
     assert found.max() <= 1
     ink = (found + 1).sum(dim=(1, 2, 3)) / (images + 1).sum(dim=(1, 2, 3))
     assert ink.max() < 1.35  # scaled up by 10 % a side, and a border
-    assert (ink < 0.5).sum() > 5  # some are mostly covered
+    assert (ink < 0.7).sum() > 3  # some are covered in part
     assert (ink > 0.8).sum() > 20
     centres = torch.einsum("nchw,w->n", found + 1, torch.arange(32.0)) / (found + 1).sum(dim=(1, 2, 3)).clamp(min=1)
     assert centres[ink > 0.8].std() > 1
