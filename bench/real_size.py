@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fastdistill.models.architectures import TEXT_TOKENS, UNETS, VAE
+from fastdistill.models.loading import quiet_libraries
 
 from . import environment
 from .plain_training import Clock, TrainerUpdate
@@ -105,7 +106,12 @@ def random_pipeline(size: Size, device: str | torch.device = "cpu"):
         networks = AutoencoderKL(**size.vae), CLIPTextModel(text), UNet2DConditionModel(**size.unet)
     vae, text_encoder, unet = networks
     scheduler = DDIMScheduler(
-        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, set_alpha_to_one=False
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
     )
     return assemble(vae, tokenizer, text_encoder, unet, scheduler)
 
@@ -115,7 +121,7 @@ def saved_vit(size: Size) -> Iterator[Path]:
     """A folder with a vision transformer of random weights, as `build_features` opens one."""
     from transformers import ViTConfig, ViTModel
 
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, quiet_libraries():
         ViTModel(ViTConfig(**size.vit), add_pooling_layer=False).save_pretrained(folder)
         statistics_of = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
         Path(folder, "preprocessor_config.json").write_text(json.dumps(statistics_of))

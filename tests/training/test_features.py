@@ -177,7 +177,7 @@ def test_the_bundled_network_sees_digits_as_plain_transformers_does():
     output = plain(pixel_values=images, output_hidden_states=True)
     assert [t.shape for t in tokens] == [(4, 64, 64)] * 5
     torch.testing.assert_close(embedding, output.last_hidden_state[:, 0])
-    torch.testing.assert_close(tokens[-1], (output.hidden_states[6][:, 1:] + output.hidden_states[6][:, :1]).mT)
+    torch.testing.assert_close(tokens[-1], (output.hidden_states[-1][:, 1:] + output.hidden_states[-1][:, :1]).mT)
 
 
 def test_a_user_may_give_a_module_that_already_makes_features():

@@ -73,7 +73,7 @@ tags: [digits, tiny]
 
 A vision transformer of handwritten digits: the feature network of ADD's discriminator on the digits.
 
-`ViTForImageClassification` in small: 6 blocks of width 64 over the 64 patches of a 32x32 image, {parameters}
+`ViTForImageClassification` in small: 4 blocks of width 64 over the 64 patches of a 32x32 image, {parameters}
 parameters. Weights are float16 safetensors, opened in float32.
 
 ```python
