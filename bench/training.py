@@ -5,6 +5,7 @@ An update is one turn of every role, optimisers and the student's average includ
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -107,6 +108,8 @@ def _rows(method: str, keys: tuple[Key, ...], device: str, pairs: int, gpu: Gpu 
     errors = _errors(ours(), plain(), case.plain(stage_of(method, device, torch.float64), Clock())())
     times = time_pairs([ours], [plain], pairs, clock=time.perf_counter_ns)
     turns = {role: _turn(*clocks, role, pairs) for role in case.roles}
+    del ours, plain
+    gc.collect()  # the memory of others shall not be freed while this one's is counted
     first = TrainerUpdate(stage_of(method, device), Clock())  # its update makes gradients and optimiser states
     used = usage.on_cpu(first) if gpu is None else Usage(gpu.peak_bytes(first))
     update, *others = keys

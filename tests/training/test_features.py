@@ -8,6 +8,8 @@ import torch
 from fastdistill.training.features import EMBEDDING, Features, build_features, spread
 from torch import nn
 from transformers import (
+    CLIPConfig,
+    CLIPModel,
     CLIPVisionConfig,
     CLIPVisionModel,
     Dinov2Config,
@@ -19,6 +21,7 @@ from transformers import (
     SiglipVisionConfig,
     SiglipVisionModel,
     ViTConfig,
+    ViTForImageClassification,
     ViTModel,
 )
 
@@ -163,6 +166,28 @@ def test_statistics_and_size_of_the_image_processor_beside_the_weights_are_used(
     images = torch.rand(2, 3, 12, 12) * 2 - 1
     given = build_features(vit, size=12, mean=MEAN, std=STD)
     torch.testing.assert_close(features(images).embedding, given(images).embedding)
+
+
+def test_a_head_and_the_other_half_of_clip_are_left_aside(tmp_path):
+    images = torch.rand(2, 3, 16, 16) * 2 - 1
+    classifier = ViTForImageClassification(ViTConfig(**SMALL))
+    found = build_features(classifier, mean=MEAN, std=STD)(images)
+    torch.testing.assert_close(found.embedding, build_features(classifier.vit, mean=MEAN, std=STD)(images).embedding)
+
+    text = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    clip = CLIPModel(CLIPConfig(text_config=text, vision_config=SMALL, projection_dim=8)).eval()
+    clip.save_pretrained(tmp_path)
+    for features in (build_features(source, mean=MEAN, std=STD) for source in (tmp_path, clip)):
+        tokens, embedding = expected_of(clip.vision_model, features, images)
+        found = features(images)
+        torch.testing.assert_close(found.tokens[-1], tokens)
+        torch.testing.assert_close(found.embedding, embedding)
+
+
+def expected_of(vision, features, images):
+    output = vision(pixel_values=features.pixels(images), output_hidden_states=True)
+    state = output.hidden_states[-1]
+    return (state[:, 1:] + state[:, :1]).transpose(1, 2), output.pooler_output
 
 
 def test_the_bundled_network_sees_digits_as_plain_transformers_does():
