@@ -24,6 +24,7 @@ from .recipe import MethodConfig, Setup, Stage
 from .straight_path import StraightPath, flow_straightness
 from .teacher import Teacher
 from .trainer import Diverged, Trainer
+from .validation import ValidationConfig, Validator
 from .world import World, world_of_environment
 
 __all__ = [
@@ -67,6 +68,8 @@ __all__ = [
     "TrainerConfig",
     "TrainingProgress",
     "Turn",
+    "ValidationConfig",
+    "Validator",
     "World",
     "build_features",
     "check_gradient_contract",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,13 +17,14 @@ from .dmd import DMDConfig
 from .pipelines import save_pipeline, student_pipeline
 from .recipe import MethodConfig, Setup, Stage
 from .teacher import Teacher
-from .trainer import Run, Trainer, TrainingProgress, Validate
+from .trainer import Run, Trainer, TrainingProgress
 from .world import World
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 Callback = Callable[[TrainingProgress], bool | None]
+Validate = Callable[..., Mapping[str, float]]
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,9 @@ def distill(
             `config.trainer.checkpoint_every` updates and at the end, which SIGTERM and SIGINT bring about early; None
             for none.
         resume: continue from the newest checkpoint there; a resumed run equals an uninterrupted one bit for bit.
-        validate, world: as in `Trainer`; the last stage is validated.
+        validate: of the last stage, as in `Trainer`, called with the student and `method=`, which knows how it is
+            sampled; such as a `fastdistill.training.validation.Validator`.
+        world: as in `Trainer`.
 
     Example:
         >>> config = DMDConfig(trainer=TrainerConfig(updates=100))
@@ -105,7 +109,7 @@ def distill(
     checkpoints = None if checkpoints is None else Path(checkpoints)
     if resume and not checkpoints.is_dir():
         raise ValueError(f"resume: there is no checkpoint in {checkpoints}")
-    teacher = Teacher(teacher, device)
+    teacher = teacher if isinstance(teacher, Teacher) else Teacher(teacher, device)
     setup = Setup(
         teacher, prompts, teacher.encode(prompts), images, None if pairs is None else Path(pairs), work=checkpoints
     )
@@ -146,7 +150,7 @@ def _run_stages(
             stage.trainer,
             stage.roles,
             folder=folder,
-            validate=validate if stage.is_last else None,
+            validate=partial(validate, method=stage.method) if validate is not None and stage.is_last else None,
             stage=stage.name,
             world=world,
         )
