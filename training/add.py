@@ -165,7 +165,7 @@ class ADDConfig:
             if weights_digest(teacher.pipeline.vae) != weights_digest(own.pipeline.vae):
                 if self.distill_space == "latent":
                     raise ValueError(
-                        f'target_teacher {self.target_teacher} has an autoencoder of its own: its latents are not the '
+                        f"target_teacher {self.target_teacher} has an autoencoder of its own: its latents are not the "
                         'student\'s; needed distill_space "pixel"'
                     )
                 options["encode"] = teacher.encode_images
@@ -261,7 +261,7 @@ class ADD(Method):
         return isinstance(self.features, UNetFeatures)
 
     def role_configs(self) -> dict[str, RoleConfig]:
-        """Of the roles that train; a lazy penalty's additional steps move and forget as much as its interval's others."""
+        """Of the roles that train; with a lazy penalty's steps they move and forget as without."""
         configs = {role: config for role, config in role_configs(self.config).items() if role in self.roles}
         if any(turn.asks_for == "r1" for turn in self.turns):
             role = configs["discriminator"]
@@ -408,7 +408,7 @@ class ADD(Method):
                 parts.append(step.batch["condition"].pooled)
             if self.config.image_condition:
                 parts.append(self.features(self._real_pixels(step)).embedding)
-            step.memo["told"] = torch.cat(parts, dim=1) if parts else None
+            step.memo["told"] = torch.cat([part.float() for part in parts], dim=1) if parts else None
         return step.memo["told"]
 
 

@@ -18,8 +18,8 @@ from .pipelines import one_step_scheduler
 class Turn:
     """`role` is updated in every `every`-th iteration (TTUR, arXiv 1706.08500, in the counting of arXiv 2405.14867).
 
-    asks_for: what `Method.losses` is asked for; the role unless given. A role may have a second turn of its own kind, an
-        optimiser step for a lazy penalty.
+    asks_for: what `Method.losses` is asked for; the role unless given. So a role can have a second turn: a lazy
+        penalty's optimiser step.
     """
 
     role: str
@@ -78,7 +78,7 @@ class Method(ABC):
 
     @abstractmethod
     def losses(self, role: str, step: Step) -> Losses:
-        """The terms of `role`'s turn (or of `Turn.asks_for`). Only that role's parameters require a gradient meanwhile."""
+        """The terms of `role`'s turn, or of `Turn.asks_for`. Only that role's parameters need a gradient meanwhile."""
 
     def probing(self) -> AbstractContextManager:
         """A context in which every term has a gradient: a fake score that is still the teacher's copy has none."""
