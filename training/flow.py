@@ -63,14 +63,14 @@ class ReflowConfig:
 
     method: ClassVar[str] = "reflow"
 
-    trainer: TrainerConfig = TrainerConfig(updates=600, batch_size=64, ema_decay=0.98, checkpoint_every=100)
-    student: RoleConfig = RoleConfig(5e-4, weight_decay=0.0, warm_up=20, decay=0.5)
+    trainer: TrainerConfig = TrainerConfig(updates=400, batch_size=64, ema_decay=0.98, checkpoint_every=50)
+    student: RoleConfig = RoleConfig(1e-3, weight_decay=0.0, warm_up=20, decay=0.5)
     rectifications: int = 1
     parameterization: str = "teacher"
     network: str = "unet"
     times: str = "uniform"
-    prompt_dropout: float = 0.0
-    pairs: int = 3000
+    prompt_dropout: float = 0.1
+    pairs: int = 2000
     solver: str = "euler"
     pair_steps: int = 25
     guidance_scale: float = 1.0
@@ -199,6 +199,11 @@ class FlowMethod(Method):
         guidance_scale: float = 1.0,
         measured: dict[str, float] | None = None,
     ) -> None:
+        if steps > 1 and path.prediction_type == "epsilon" and bool(path.schedule.alpha[-1] == 0):
+            raise ValueError(
+                f"steps={steps}: diffusers samples no epsilon network from pure noise in more than one step; "
+                'needed steps=1, or parameterization="flow"'
+            )
         self.student = copy.deepcopy(network).train().requires_grad_(True)
         self.roles = {"student": self.student}
         self.turns = (Turn("student"),)
@@ -308,6 +313,7 @@ def _measure(flow: Flow, config: ReflowConfig, setup: Setup) -> None:
             setup.conditions,
             setup.teacher.sample_shape,
             samples=config.straightness_samples,
+            batch_size=config.trainer.batch_size,
             guidance_scale=flow.guidance_scale,
             unconditional=flow.unconditional,
             seed=config.trainer.seed,

@@ -30,11 +30,11 @@ class InstaFlowConfig:
     """Everything that an InstaFlow depends on beside its teacher and its prompts.
 
     Attributes:
-        trainer: of the distillation by squared error.
+        trainer: of the distillation by squared error. Its seed is the whole run's; `reflow.trainer.seed` is not used.
         student: of the one-step student's optimiser.
         reflow: of what comes before. Pairs, solver, guidance and parameterisation of the distillation are those of
             the flow that it leaves; `reflow.rectifications = 0` distils the teacher directly, which the paper shows
-            failing.
+            failing for Stable Diffusion.
         network: "unet", or "stacked" for two of them in series (InstaFlow-1.7B).
         space: where the squared error is taken: "latent", or "pixel" through the VAE decoder.
         lpips_updates: of a last stage by LPIPS, in pixels; 0 leaves it out.
@@ -44,8 +44,8 @@ class InstaFlowConfig:
 
     method: ClassVar[str] = "instaflow"
 
-    trainer: TrainerConfig = TrainerConfig(updates=600, batch_size=64, ema_decay=0.98, checkpoint_every=100)
-    student: RoleConfig = RoleConfig(5e-4, weight_decay=0.0, warm_up=20, decay=0.5)
+    trainer: TrainerConfig = TrainerConfig(updates=200, batch_size=64, ema_decay=0.98, checkpoint_every=50)
+    student: RoleConfig = RoleConfig(1e-3, weight_decay=0.0, warm_up=20, decay=0.5)
     reflow: ReflowConfig = ReflowConfig()
     network: str = "unet"
     space: str = "latent"
@@ -63,12 +63,10 @@ class InstaFlowConfig:
     def stages(self, setup: Setup) -> Generator[Stage, nn.Module, None]:
         """Those of reflow, then the distillation by squared error, then the one by LPIPS."""
         lpips = self._lpips(setup)
-        flow = yield from rectify(self.reflow, setup, delivers=False)
-        data = PromptData(
-            setup.conditions,
-            setup.teacher.sample_shape,
-            flow_pairs(flow, self.reflow, setup, self.reflow.rectifications + 1),
-        )
+        reflow = replace(self.reflow, trainer=replace(self.reflow.trainer, seed=self.trainer.seed))
+        flow = yield from rectify(reflow, setup, delivers=False)
+        pairs = flow_pairs(flow, reflow, setup, reflow.rectifications + 1)
+        data = PromptData(setup.conditions, setup.teacher.sample_shape, pairs)
         network = stacked(flow.network) if self.network == "stacked" else flow.network
         frozen = {"decoder": setup.teacher.pipeline.vae} if self.space == "pixel" else {}
         decode = setup.teacher.decode if self.space == "pixel" else None
@@ -96,7 +94,7 @@ class InstaFlowConfig:
 
 
 class FlowDistillation(FlowMethod):
-    """The student learns in one Euler step from pure noise, t = 0, what its flow does in many (2309.06380, eq. 9).
+    """The student learns in one Euler step from pure noise, t = 0, what its flow does in many (arXiv 2309.06380).
 
     Each batch is a `pair_noise`, its `pair_sample` and its `pair_condition` (`fastdistill.training.Data`).
 
