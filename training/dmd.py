@@ -31,6 +31,7 @@ from .networks import conversion_point, predict, predict_data, predict_guided
 from .pairs import pairs_for
 from .recipe import Setup, Stage
 from .regression import Distance, check_regression, regression_distance
+from .solvers import check_solver
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,8 @@ class DMDConfig:
         regression_weight: of the distance to the ends of the teacher's ODE, 0 to leave it out.
         regression: that distance: "l2" of latents, "pixel_l2" of decoded images, or "lpips" of these, as in the paper.
         lpips_backbone, lpips_heads: for "lpips": "vgg16" or the path of its weights, and the path of the linear heads.
-        pairs, pair_steps: how many noises the ODE is solved for, and in how many DDIM steps; not of pairs that
-            the run is given.
+        pairs, pair_steps, pair_solver: how many noises the ODE is solved for, in how many steps, and by what ("euler",
+            "heun" or "dpmpp"); not of pairs that the run is given.
     """
 
     method: ClassVar[str] = "dmd"
@@ -68,6 +69,7 @@ class DMDConfig:
     lpips_heads: str | None = None
     pairs: int = 2000
     pair_steps: int = 25
+    pair_solver: str = "euler"
 
     def __post_init__(self) -> None:
         for name in ("critic_ratio", "pair_steps"):
@@ -79,6 +81,7 @@ class DMDConfig:
         if self.regression_weight > 0 and self.pairs == 0:
             raise ValueError("regression_weight above 0 needs pairs; got pairs = 0")
         check_regression(self)
+        check_solver(self.pair_solver)
 
     def stages(self, setup: Setup) -> Generator[Stage, nn.Module, None]:
         """One: the student from unit noise, its fake score beside it, and pairs for the regression term."""
@@ -98,6 +101,7 @@ class DMDConfig:
                 setup,
                 count=self.pairs,
                 steps=self.pair_steps,
+                solver=self.pair_solver,
                 guidance_scale=self.guidance_scale,
                 seed=self.trainer.seed + 1,  # the loop's own noises are drawn from its seed
             )

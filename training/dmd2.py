@@ -29,10 +29,11 @@ from .draws import Draws
 from .fake_score import FakeScore, mid_block_head
 from .method import Losses, Step
 from .networks import conversion_point, predict, predict_data
-from .pairs import make_pairs
+from .pairs import pairs_for
 from .pipelines import renoising_scheduler
 from .recipe import Setup, Stage
 from .regression import Distance, Regression, check_regression, regression_distance
+from .solvers import check_solver
 
 
 @dataclass(frozen=True)
@@ -54,15 +55,15 @@ class DMD2Config:
         warm_up_updates: of a stage before, in which the student learns these ends alone, in one step from its first
             timestep. Students that start elsewhere than at the last timestep, where no teacher knows unit noise, need
             it.
-        regression, lpips_backbone, lpips_heads, pairs, pair_steps: of both, as in `DMDConfig`.
+        regression, lpips_backbone, lpips_heads, pairs, pair_steps, pair_solver: of both, as in `DMDConfig`.
     """
 
     method: ClassVar[str] = "dmd2"
 
-    trainer: TrainerConfig = TrainerConfig(updates=180, batch_size=64, ema_decay=0.98, checkpoint_every=30)
+    trainer: TrainerConfig = TrainerConfig(updates=200, batch_size=32, ema_decay=0.98, checkpoint_every=50)
     student: RoleConfig = RoleConfig(2e-4, beta1=0.0, warm_up=20, decay=0.5)
     fake_score: RoleConfig = RoleConfig(4e-4, beta1=0.0, warm_up=20, decay=0.5)
-    critic_ratio: int = 5
+    critic_ratio: int = 3
     student_steps: tuple[int, ...] = (999,)
     guidance_scale: float = 1.0
     min_timestep: float = 0.02
@@ -77,6 +78,7 @@ class DMD2Config:
     lpips_heads: str | None = None
     pairs: int = 2000
     pair_steps: int = 25
+    pair_solver: str = "euler"
 
     def __post_init__(self) -> None:
         for name in ("critic_ratio", "pair_steps"):
@@ -103,6 +105,7 @@ class DMD2Config:
         if self.needs_pairs and self.pairs == 0:
             raise ValueError("warm_up_updates and regression_weight above 0 need pairs; got pairs = 0")
         check_regression(self)
+        check_solver(self.pair_solver)
 
     @property
     def student_timestep(self) -> int:
@@ -116,29 +119,27 @@ class DMD2Config:
     def stages(self, setup: Setup) -> Generator[Stage, nn.Module, None]:
         """The warm-up, where there is one, and the distillation."""
         teacher = setup.teacher
+        if len(self.student_steps) > 1:
+            renoising_scheduler(teacher.pipeline.scheduler, self.student_steps)  # raises before the training, not after
         unconditional = teacher.unconditional if self.guidance_scale != 1 else None
         data = setup.needed_images(self.method) if self.gan_weight > 0 else None
         distance = regression_distance(self, teacher)
         student, fake_score = copy.deepcopy(teacher.unet), copy.deepcopy(teacher.unet)
         if self.gan_weight > 0:
-            with torch.random.fork_rng():
+            with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(self.trainer.seed)
                 fake_score = FakeScore(fake_score, mid_block_head(teacher.unet).to(teacher.device))
-        paired = PromptData(setup.conditions, teacher.sample_shape)
+        pairs = None
         if self.needs_pairs:
-            pairs = make_pairs(
-                teacher.unet,
-                setup.conditions,
-                teacher.schedule,
-                teacher.prediction_type,
+            pairs = pairs_for(
+                setup,
                 count=self.pairs,
-                sample_shape=teacher.sample_shape,
                 steps=self.pair_steps,
+                solver=self.pair_solver,
                 guidance_scale=self.guidance_scale,
-                unconditional=unconditional,
                 seed=self.trainer.seed + 1,  # the loop's own noises are drawn from its seed
             )
-            paired = PromptData(setup.conditions, teacher.sample_shape, pairs)
+        paired = PromptData(setup.conditions, teacher.sample_shape, pairs)
         if self.warm_up_updates > 0:
             warm_up = Regression(student, teacher.schedule, teacher.prediction_type, self.student_timestep, distance)
             trainer = replace(self.trainer, updates=self.warm_up_updates)
@@ -190,6 +191,9 @@ class DMD2(DMD):
                 f"gan_weight {config.gan_weight} needs a FakeScore, a score network with a head; "
                 f"got {type(fake_score).__name__}"
             )
+        require(
+            "student_steps", config.student_steps, config.student_steps[0] < len(schedule), f"below {len(schedule)}"
+        )
         super().__init__(
             teacher,
             schedule,
