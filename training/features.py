@@ -262,7 +262,8 @@ def _side(facts: dict[str, Any]) -> int | None:
 
 
 def _of_transformers(vit: nn.Module, processor: _Processor, given: dict[str, Any]) -> FeatureNetwork:
-    vit = getattr(vit, "base_model", vit)  # without a classifier's head
+    base = getattr(vit, "base_model", vit)
+    vit = vit if _class_token(base) is None else base  # without a classifier's head; DINOv3's base lacks its embeddings
     vit = getattr(vit, "vision_model", vit)  # CLIP's two halves, and in transformers 4 the half itself is wrapped
     config = vit.config
     blocks = _block_finder(vit, config.num_hidden_layers)
