@@ -5,7 +5,7 @@ from .checkpoint import CheckpointError
 from .condition import Condition
 from .config import RoleConfig, TrainerConfig
 from .contract import GradientContractError, check_gradient_contract
-from .data import Data, LatentData, PromptData
+from .data import Data, LatentData, PromptData, PromptDropout
 from .digits import digits_images
 from .discriminator import Discriminator
 from .distill import Distilled, distill
@@ -15,6 +15,7 @@ from .draws import Draws
 from .fake_score import FakeScore
 from .features import FeatureNetwork, Features, build_features
 from .flow import Reflow, ReflowConfig
+from .images import ImagesConfig, open_images
 from .instaflow import FlowDistillation, InstaFlowConfig
 from .method import Losses, Method, Step, Turn
 from .pairs import Pairs, PairSetError, load_pairs, make_pairs, pairs_for
@@ -46,6 +47,7 @@ __all__ = [
     "Features",
     "FlowDistillation",
     "GradientContractError",
+    "ImagesConfig",
     "InstaFlowConfig",
     "LatentData",
     "Losses",
@@ -54,6 +56,7 @@ __all__ = [
     "PairSetError",
     "Pairs",
     "PromptData",
+    "PromptDropout",
     "Reflow",
     "ReflowConfig",
     "RoleConfig",
@@ -78,6 +81,7 @@ __all__ = [
     "flow_straightness",
     "load_pairs",
     "make_pairs",
+    "open_images",
     "pairs_for",
     "world_of_environment",
 ]

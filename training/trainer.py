@@ -305,7 +305,8 @@ class Trainer:
         return {role: updater.updates for role, updater in self.updaters.items()}
 
     def _read_losses(self) -> dict[str, float]:
-        return {name: float(value) for name, value in self.losses.items()}
+        of_data = getattr(self.data, "figures", dict)()
+        return {name: float(value) for name, value in self.losses.items()} | of_data
 
     def _identity(self) -> dict[str, Any]:
         """What a checkpoint must agree with."""

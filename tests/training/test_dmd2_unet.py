@@ -229,7 +229,7 @@ def test_the_exported_pipeline_of_several_steps_does_exactly_what_the_method_doe
 
 def test_the_engine_samples_a_student_of_several_steps_as_diffusers_does(four_steps, tmp_path):
     folder = four_steps.save(tmp_path / "student")
-    opened = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    opened = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
     opened.set_progress_bar_config(disable=True)
     generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
     theirs = opened(PROMPTS[:2], num_inference_steps=4, guidance_scale=1.0, generator=generators, output_type="np")

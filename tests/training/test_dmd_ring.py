@@ -98,7 +98,7 @@ def test_the_gan_alone_finds_the_ring_too():
 
 @pytest.mark.long
 def test_a_student_of_four_steps_that_starts_as_the_teacher_finds_the_ring_by_backward_simulation():
-    """All steps share one fake score: a start from random weights loses modes in the last step (0.66, 5 modes)."""
+    """All steps share one fake score: from random weights the mixture of them is matched, and the last loses modes."""
     samples = dmd2_samples(600, 256, critic_ratio=5, student_steps=(999, 749, 499, 249), start=taught())
     distance, modes, share = ring_scores(samples)
     assert distance < 0.25
