@@ -1,4 +1,4 @@
-"""The command `fastdistill`: info, generate, demo, metrics, bench, tune, train.
+"""The command `fastdistill`: info, generate, demo, metrics, bench, tune, train, pairs, ablate.
 
 The roof of the house: each command imports its room when it is called, so that `--help` needs neither torch nor
 diffusers. Whatever a user can get wrong ends in one line on stderr and exit code 2; Ctrl-C in one line and 130.
@@ -319,6 +319,64 @@ def tune(
 def train(ctx: typer.Context) -> None:
     """Distil a model into one step: `fastdistill train --help` tells how."""
     _run_module("fastdistill.training", ctx.args)
+
+
+@app.command(context_settings=_PASS_ON, add_help_option=False)
+def pairs(ctx: typer.Context) -> None:
+    """Make, inspect and verify sets of a teacher's pairs: `fastdistill pairs --help` tells how."""
+    _run_module("fastdistill.training.pairs", ctx.args)
+
+
+@app.command()
+def ablate(
+    method: Annotated[str, typer.Argument(metavar="METHOD", help="add: the one whose paper's table is repeated.")],
+    out: Annotated[
+        Path,
+        typer.Option(metavar="FILE.json", help="Written after every run; none that is there is repeated."),
+    ] = Path("ablation.json"),
+    updates: Annotated[int | None, typer.Option(min=1, show_default="as `train add`", help="Of every row.")] = None,
+    seeds: Annotated[str, typer.Option(help="Training seeds of every row, a list.")] = "0",
+    rows: Annotated[str | None, typer.Option(show_default="all", help="A list of names or groups of rows.")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="A setting of `train add`, of all rows."),
+    ] = None,
+    teacher: Annotated[str, typer.Option(help="A digits pipeline: bundled name or folder.")] = "digits-teacher",
+    device: Annotated[str, typer.Option(help=DEVICES)] = "cpu",
+) -> None:
+    """Repeat the table of ablations of a method's paper on the digits, every row with as many updates."""
+    if method != "add":
+        raise ValueError(f"method {method!r}: no table of ablations; known: add")
+    names = [name.strip() for name in rows.split(",")] if rows else None
+    if not all(seed.strip().isdigit() for seed in seeds.split(",")):
+        raise ValueError(f"--seeds {seeds}: needed a list of whole numbers, as 0,1,2")
+
+    from fastdistill import _output
+    from fastdistill.models import resolve_model
+
+    _output.check_file(out)
+    resolve_model(teacher)
+
+    from fastdistill.training import ADDConfig
+    from fastdistill.training.ablate import ablate, as_markdown, chosen_rows
+    from fastdistill.training.settings import changed, from_dict, from_settings
+
+    config = from_dict(ADDConfig, from_settings(settings or []))
+    if updates is not None:
+        config = changed(config, trainer={"updates": updates})
+    chosen = chosen_rows(names)
+    with _progress() as show:
+        table = ablate(
+            out,
+            config=config,
+            rows=chosen,
+            seeds=[int(seed) for seed in seeds.split(",")],
+            teacher=teacher,
+            device=device,
+            report=show,
+        )
+    print(as_markdown(table, chosen))
+    print(out)
 
 
 def _run_module(module: str, arguments: Sequence[str]) -> None:

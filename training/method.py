@@ -16,10 +16,19 @@ from .pipelines import one_step_scheduler
 
 @dataclass(frozen=True)
 class Turn:
-    """`role` is updated in every `every`-th iteration (TTUR, arXiv 1706.08500, in the counting of arXiv 2405.14867)."""
+    """`role` is updated in every `every`-th iteration (TTUR, arXiv 1706.08500, in the counting of arXiv 2405.14867).
+
+    asks_for: what `Method.losses` is asked for; the role unless given. So a role can have a second turn: a lazy
+        penalty's optimiser step.
+    """
 
     role: str
     every: int = 1
+    asks_for: str = ""
+
+    @property
+    def kind(self) -> str:
+        return self.asks_for or self.role
 
 
 @dataclass(frozen=True)
@@ -35,7 +44,7 @@ class Step:
 
     batch: Mapping[str, Any]
     draws: Draws
-    memo: dict[str, Tensor] = field(default_factory=dict)
+    memo: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -69,7 +78,7 @@ class Method(ABC):
 
     @abstractmethod
     def losses(self, role: str, step: Step) -> Losses:
-        """The terms of `role`'s turn. Only the parameters of `role` require a gradient while this runs."""
+        """The terms of `role`'s turn, or of `Turn.asks_for`. Only that role's parameters need a gradient meanwhile."""
 
     def probing(self) -> AbstractContextManager:
         """A context in which every term has a gradient: a fake score that is still the teacher's copy has none."""

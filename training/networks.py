@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from fastdistill import diffusion
@@ -44,13 +45,28 @@ def predict_guided(
     return diffusion.guide(predict(network, x_t, t, empty), conditional, guidance_scale)
 
 
-def conversion_point(schedule: Schedule, t: int, prediction_type: str) -> tuple[Tensor, Tensor]:
-    """(alpha, sigma) to read a prediction at t with, each ().
+def predict_data(
+    network: nn.Module,
+    x_t: Tensor,
+    t: int,
+    condition: Condition,
+    point: tuple[Tensor, Tensor],
+    prediction_type: str,
+) -> Tensor:
+    """What a student's step makes of x_t (B, ...) at timestep t: the data (B, ...), read at the `conversion_point`."""
+    pred = predict(network, x_t, torch.full((len(x_t),), t, device=x_t.device), condition)
+    return diffusion.to_data(pred, x_t, *point, prediction_type)
+
+
+def conversion_point(schedule: Schedule, t: int | Tensor, prediction_type: str) -> tuple[Tensor, Tensor]:
+    """(alpha, sigma) to read a prediction at t with: each () for an int, (B,) for a tensor of timesteps (B,).
 
     Where epsilon meets pure noise it says nothing about the data; the usual way (arXiv 2305.08891) is to read it with
-    the coefficients from before the terminal SNR was set to zero.
+    the coefficients from before the terminal SNR was set to zero. Everywhere else the schedule itself holds.
     """
     alpha, sigma = schedule.at(t)
-    if prediction_type == "epsilon" and alpha == 0:
-        return schedule.at(t, original=True)
-    return alpha, sigma
+    if prediction_type != "epsilon":
+        return alpha, sigma
+    original_alpha, original_sigma = schedule.at(t, original=True)
+    pure_noise = alpha == 0
+    return torch.where(pure_noise, original_alpha, alpha), torch.where(pure_noise, original_sigma, sigma)

@@ -62,7 +62,7 @@ class Trainer:
         stage: str | None = None,
         world: World | None = None,
     ) -> None:
-        trained = [turn.role for turn in method.turns]
+        trained = list(dict.fromkeys(turn.role for turn in method.turns))
         if sorted(roles) != sorted(trained):
             raise ValueError(f"roles: configured are {sorted(roles)}; {method.name} trains {sorted(trained)}")
         self.method, self.data, self.config = method, data, config
@@ -72,7 +72,7 @@ class Trainer:
             network.requires_grad_(role in trained)
         self.student = trained[0]
         self.average = EMA(method.roles[self.student], config.ema_decay)
-        self.updaters = {turn.role: self._updater(turn, roles[turn.role]) for turn in method.turns}
+        self.updaters = {role: self._updater(role, roles[role]) for role in trained}
         self.iteration = 0
         self.samples = 0
         self.seconds = 0.0
@@ -82,12 +82,15 @@ class Trainer:
     def run(self, callback: Callable[[TrainingProgress], bool | None] | None = None) -> Run:
         """Train until `config.updates` updates of the student are tried, the callback says so, or a signal comes.
 
+        A callback that has `begin` or `end` has them called too: before the first update, and with what is delivered.
+
         Raises:
             GradientContractError: before the first update, if a loss term would move another role than its own.
             Diverged: more than `config.most_skipped` updates of a role were left out.
             CheckpointError: the last checkpoint could not be written.
         """
         self._check_contract()
+        self._tell(callback, "begin")
         ended = "finished"
         with Interruption(kept=self.folder is not None) as interruption:
             while self.updaters[self.student].attempts < self.config.updates:
@@ -106,9 +109,15 @@ class Trainer:
         self.save()
         if self.config.deliver == "best" and self.validation.average is not None:
             self.average.network.load_state_dict(self.validation.average)
+        self._tell(callback, "end")
         found = self.validation
         losses = self._read_losses()
         return Run(self.average.network, self._updates(), self.seconds, losses, ended, found.figures, found.best)
+
+    def _tell(self, callback: object, moment: str) -> None:
+        told = getattr(callback, moment, None)
+        if told is not None:
+            told(self.progress())
 
     def iterate(self) -> None:
         """One iteration: every turn that is due, on the same micro-batches."""
@@ -125,16 +134,16 @@ class Trainer:
         total: Tensor | float = 0.0
         with only(turn.role, self.method):
             for step in steps:
-                losses = self._losses(turn.role, step)
+                losses = self._losses(turn, step)
                 loss = sum(losses.terms.values()) / len(steps)
                 loss.backward()
                 total = total + loss.detach()
                 self.losses |= {name: value.detach() for name, value in (losses.terms | losses.logs).items()}
         self.updaters[turn.role].step(total)
 
-    def _losses(self, role: str, step: Step) -> Losses:
+    def _losses(self, turn: Turn, step: Step) -> Losses:
         with torch.autocast(step.draws.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
-            return self.method.losses(role, _at(step, role))
+            return self.method.losses(turn.kind, _at(step, turn.kind))
 
     def save(self) -> Path | None:
         """Write a checkpoint of the run as it stands. Resuming it continues as if nothing had happened.
@@ -208,6 +217,7 @@ class Trainer:
             self.validation.update,
             self.validation.best,
             torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+            self.method,
         )
 
     @property
@@ -238,19 +248,19 @@ class Trainer:
         draws = self._draws(self.iteration, index, batch_size=self.config.batch_size)
         return Step(self.data.batch(self.samples + index * self._batch, draws.fork("data")), draws)
 
-    def _updater(self, turn: Turn, config: RoleConfig) -> RoleUpdater:
+    def _updater(self, role: str, config: RoleConfig) -> RoleUpdater:
         # The student takes its turn in every `every`-th iteration; the others' schedules run on their own updates.
-        student_every = self.method.turns[0].every
-        planned = self.config.updates * student_every // turn.every
+        iterations = self.config.updates * self.method.turns[0].every
+        planned = sum(iterations // turn.every for turn in self.method.turns if turn.role == role)
         return RoleUpdater(
-            self.method.roles[turn.role],
+            self.method.roles[role],
             learning_rate=config.learning_rate,
             betas=(config.beta1, config.beta2),
             weight_decay=config.weight_decay,
             max_grad_norm=config.max_grad_norm,
             schedule=warm_up_then_decay(planned, config.warm_up, config.decay, config.decay_shape, config.lowest),
             explosion=self.config.explosion,
-            average=self.average if turn.role == self.student else None,
+            average=self.average if role == self.student else None,
             world=self.world,
         )
 
@@ -260,20 +270,20 @@ class Trainer:
         step = Step(self.data.batch(0, draws.fork("data")), draws)
         with torch.random.fork_rng(), _untouched_buffers(self.method), self.method.probing():
             for turn in self.method.turns:
-                check_gradient_contract(self.method.roles, self._terms(turn.role, step))
+                check_gradient_contract(self.method.roles, self._terms(turn, step))
 
-    def _terms(self, role: str, step: Step) -> dict[str, tuple[str, Callable[[], Tensor]]]:
+    def _terms(self, turn: Turn, step: Step) -> dict[str, tuple[str, Callable[[], Tensor]]]:
         def compute() -> dict[str, Tensor]:
-            with only(role, self.method):
+            with only(turn.role, self.method):
                 # With an empty memo: what an earlier turn left there would hide how the sample is made.
-                return self._losses(role, replace(step, memo={})).terms
+                return self._losses(turn, replace(step, memo={})).terms
 
         def one(name: str) -> Callable[[], Tensor]:
             return lambda: compute()[name]
 
         with torch.no_grad():
             names = list(compute())
-        return {name: (role, one(name)) for name in names}
+        return {name: (turn.role, one(name)) for name in names}
 
     def _is_due(self, every: int, at_the_end: bool = False) -> bool:
         """After every so many updates of the student, and after the last one if asked for; 0 for the last alone."""
@@ -295,7 +305,8 @@ class Trainer:
         return {role: updater.updates for role, updater in self.updaters.items()}
 
     def _read_losses(self) -> dict[str, float]:
-        return {name: float(value) for name, value in self.losses.items()}
+        of_data = getattr(self.data, "figures", dict)()
+        return {name: float(value) for name, value in self.losses.items()} | of_data
 
     def _identity(self) -> dict[str, Any]:
         """What a checkpoint must agree with."""

@@ -3,6 +3,6 @@
 Importing this is light: torch and diffusers are imported when a pipeline is loaded.
 """
 
-from .loading import ModelError, bundled_models, load_pipeline, resolve_model
+from .loading import ModelError, bundled_models, bundled_networks, load_pipeline, resolve_model
 
-__all__ = ["ModelError", "bundled_models", "load_pipeline", "resolve_model"]
+__all__ = ["ModelError", "bundled_models", "bundled_networks", "load_pipeline", "resolve_model"]

@@ -24,6 +24,11 @@ def bundled_models() -> dict[str, Path]:
     return {index.parent.name: index.parent for index in sorted(BUNDLED.glob("[!.]*/model_index.json"))}
 
 
+def bundled_networks() -> dict[str, Path]:
+    """Folders of single networks of transformers that ship with the package, by name: no pipelines."""
+    return {config.parent.name: config.parent for config in sorted(BUNDLED.glob("[!.]*/config.json"))}
+
+
 def resolve_model(name_or_path: str | Path) -> Path:
     """The pipeline folder of a bundled name, or the given folder, checked to be complete.
 
@@ -41,6 +46,8 @@ def resolve_model(name_or_path: str | Path) -> Path:
     known = bundled_models()
     if str(name_or_path) in known:
         return known[str(name_or_path)]
+    if str(name_or_path) in bundled_networks():
+        raise ModelError(f"{name_or_path}: a network alone; needed a pipeline: {', '.join(known)}, or a folder")
     folder = _existing(name_or_path)
     if folder is None:
         raise ModelError(f"unknown model {str(name_or_path)!r}: no folder, nor one of {', '.join(known) or '(none)'}")

@@ -8,7 +8,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from fastdistill.training import Condition
+from fastdistill.training import Condition, Features
 from torch import nn
 
 from fastdistill import diffusion
@@ -85,3 +85,34 @@ def ring_scores(samples):
     belongs = distance < RADIUS * math.sin(math.pi / MODES)
     shares = belongs.float().mean(0)
     return sliced_wasserstein(samples, ring_samples(4000), 128), int((shares >= 0.02).sum()), float(shares.min())
+
+
+class RingFeatures(nn.Module):
+    """A frozen network of random features of points (B, 2), as a `FeatureNetwork` is of images."""
+
+    def __init__(self, channels=16, tokens=8, seed=0):
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.widths, self.width, self.tokens = (channels, channels), channels, tokens
+        self.first = nn.Parameter(torch.randn(2, channels * tokens, generator=generator))
+        self.shift = nn.Parameter(torch.randn(channels * tokens, generator=generator))
+        scale = (channels * tokens) ** -0.5
+        self.second = nn.Parameter(scale * torch.randn(channels * tokens, channels * tokens, generator=generator))
+
+    def forward(self, points):
+        first = torch.tanh(points @ self.first + self.shift)  # no waves: far away must not look like near by
+        second = torch.tanh(4 * first @ self.second + self.shift)
+        layers = [h.unflatten(1, (-1, self.tokens)) for h in (first, second)]
+        return Features(tuple(layers), layers[-1].mean(2))
+
+
+class RingData:
+    """Real points of the mixture with unit noise, as a `Data`."""
+
+    def __init__(self, count=20_000, seed=0):
+        self.points = ring_samples(count, seed)
+
+    def batch(self, first, draws):
+        data = self.points[draws.randint(0, len(self.points))]
+        condition = CONDITION.expand(draws.batch_size)
+        return {"noise": draws.randn(2), "condition": condition, "data": data}

@@ -49,7 +49,7 @@ class PairSet:
         dtype: that the network computed in.
         prediction_type, timesteps, zero_terminal_snr, schedule_sha256: of the network and its schedule.
         teacher, unet_sha256, text_sha256: its name, and digests of the weights of its UNet and text encoders.
-        prompts, prompts_sha256: how many lines, and which.
+        prompt_count, prompts_sha256: how many lines of prompts, and which.
         fastdistill: version of the package.
         format: of the files.
     """
@@ -72,13 +72,13 @@ class PairSet:
     teacher: str
     unet_sha256: str
     text_sha256: str
-    prompts: int
+    prompt_count: int
     prompts_sha256: str
     fastdistill: str = __version__
     format: int = FORMAT
 
     def __post_init__(self) -> None:
-        for name in ("count", "shard_size", "steps", "prompts"):
+        for name in ("count", "shard_size", "steps", "prompt_count"):
             require(name, getattr(self, name), getattr(self, name) >= 1, "1 or more")
         require("seed", self.seed, self.seed >= 0, "0 or more")
         require("steps", self.steps, self.steps <= self.timesteps, f"at most the schedule's {self.timesteps}")
@@ -98,15 +98,19 @@ class PairSet:
     def noise_of(self, pairs: Sequence[int]) -> Tensor:
         """(n, ...) float32 standard normal, of these pairs."""
         if self.draws == "whole":
-            return _whole_draws(self.seed, self.count, self.sample_shape, self.prompts)[0][list(pairs)]
+            return self._whole[0][list(pairs)]
         shape = self.sample_shape
         return torch.cat([Draws("pair", self.seed, pair, batch_size=1).randn(*shape) for pair in pairs])
 
     def prompts_of(self, pairs: range) -> Tensor:
         """(n,) int64 which lines of the prompts: each comes equally often."""
         if self.draws == "whole":
-            return _whole_draws(self.seed, self.count, self.sample_shape, self.prompts)[1][pairs.start : pairs.stop]
-        return shuffled(pairs.start, len(pairs), self.prompts, self.seed)
+            return self._whole[1][pairs.start : pairs.stop]
+        return shuffled(pairs.start, len(pairs), self.prompt_count, self.seed)
+
+    @property
+    def _whole(self) -> tuple[Tensor, Tensor]:
+        return _whole_draws(self.seed, self.count, self.sample_shape, self.prompt_count)
 
     def differences(self, other: PairSet) -> list[str]:
         """What keeps two processes from working on one set, as `name: mine, the other's`. Names and versions do not."""
@@ -142,7 +146,7 @@ def schedule_facts(schedule: Schedule) -> dict:
 
 def prompts_facts(prompts: Sequence[str]) -> dict:
     """The fields of a `PairSet` that say which prompts there were."""
-    return {"prompts": len(prompts), "prompts_sha256": hashlib.sha256("\n".join(prompts).encode()).hexdigest()}
+    return {"prompt_count": len(prompts), "prompts_sha256": hashlib.sha256("\n".join(prompts).encode()).hexdigest()}
 
 
 def read_set(folder: Path) -> PairSet:
@@ -173,8 +177,9 @@ def agree(folder: Path, pair_set: PairSet) -> None:
         FileExistsError: it holds something else.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".set.lock", "w") as lock:  # of several processes that start at once, one writes
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)  # of several processes that start at once, one writes
         if (folder / FILE).exists():
             differences = pair_set.differences(read_set(folder))
             if differences:
@@ -185,3 +190,5 @@ def agree(folder: Path, pair_set: PairSet) -> None:
         if any(not name.startswith(".") for name in os.listdir(folder)):
             raise FileExistsError(f"{folder}: exists and holds no set of pairs; it is left as it is")
         write_text(folder / FILE, pair_set.dumps())
+    finally:
+        os.close(descriptor)

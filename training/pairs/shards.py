@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -39,10 +40,18 @@ def record_file(folder: Path, shard: int) -> Path:
 
 
 def write_shard(folder: Path, shard: int, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a shard and its record; on a crash at any moment there is the whole shard or none."""
+    """Write a shard and its record; on a crash at any moment there is the whole shard or none.
+
+    Raises:
+        OSError: it cannot be written: a full disk, no permission.
+    """
     file = shard_file(folder, shard)
     written = partial(file)
-    save_file({name: t.contiguous() for name, t in tensors.items()}, written, metadata=metadata)
+    try:
+        save_file({name: t.contiguous() for name, t in tensors.items()}, written, metadata=metadata)
+    except SafetensorError as error:
+        written.unlink(missing_ok=True)
+        raise OSError(f"{file}: cannot be written ({error}); the shards before it are there") from error
     written.chmod(0o644)  # safetensors may leave 0600
     record = Record(written.stat().st_size, sha256(written))
     write_text(record_file(folder, shard), json.dumps(asdict(record)) + "\n")

@@ -12,7 +12,7 @@ from fastdistill.diffusion import Schedule
 
 from ..condition import Condition
 from ..pipelines import weights_digest
-from .generate import generate
+from .generation import generate
 from .load import load_pairs
 from .memory import Pairs, make_pairs
 from .source import Source, text_digest

@@ -1,10 +1,11 @@
-"""`python -m fastdistill.models.digits teacher | evaluate | students`: train the teacher, print the figures."""
+"""`python -m fastdistill.models.digits teacher | vit | evaluate | students`: train from nothing, print the figures."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 COMMAND = "python -m fastdistill.models.digits"
@@ -32,6 +33,12 @@ def _parser() -> argparse.ArgumentParser:
     teacher.add_argument("--steps", type=_positive, default=4000)
     teacher.set_defaults(run=_train_teacher)
 
+    vit = commands.add_parser("vit", help="train the feature network of ADD's discriminator; write its folder")
+    vit.add_argument("--out", type=Path, required=True, help="folder to write")
+    vit.add_argument("--seed", type=int, default=0)
+    vit.add_argument("--steps", type=_positive, default=800)
+    vit.set_defaults(run=_train_vit)
+
     evaluate = commands.add_parser("evaluate", help="print the figures of docs/digits.md")
     evaluate.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     evaluate.add_argument("--models", nargs="+", metavar="NAME_OR_PATH", help="default: every bundled model")
@@ -53,6 +60,11 @@ def _positive(text: str) -> int:
     return value
 
 
+def _log() -> Callable[[str], None]:
+    start = time.monotonic()
+    return lambda line: print(f"{time.monotonic() - start:6.0f} s  {line}", flush=True)
+
+
 def _train_teacher(options: argparse.Namespace) -> None:
     from .cards import teacher_card
     from .folder import check_target, save_folder
@@ -60,16 +72,42 @@ def _train_teacher(options: argparse.Namespace) -> None:
     from .train_vae import train_vae
 
     check_target(options.out)
-    start = time.monotonic()
-
-    def log(line: str) -> None:
-        print(f"{time.monotonic() - start:6.0f} s  {line}", flush=True)
+    log = _log()
 
     def save(pipeline) -> None:
         save_folder(pipeline, options.out, teacher_card())
 
     vae = train_vae(options.vae_steps, options.seed, log)
     save(train_teacher(vae, options.steps, options.seed, log, on_report=save))
+    log(f"saved {options.out}")
+
+
+def _train_vit(options: argparse.Namespace) -> None:
+    from .cards import vit_card
+    from .train_vit import (
+        HELD_OUT,
+        LABEL_SMOOTHING,
+        check_vit_target,
+        held_out_accuracy,
+        save_vit,
+        shown_digits,
+        train_vit,
+    )
+
+    check_vit_target(options.out)
+    log = _log()
+    vit = train_vit(options.steps, options.seed, log)
+    accuracy = held_out_accuracy(vit)
+    log(f"accuracy on {HELD_OUT} held-out digits {accuracy:.3f}")
+    card = vit_card(
+        parameters=sum(p.numel() for p in vit.parameters()),
+        steps=options.steps,
+        smoothing=LABEL_SMOOTHING,
+        shown=len(shown_digits().labels),
+        held_out=HELD_OUT,
+        accuracy=accuracy,
+    )
+    save_vit(vit, options.out, card)
     log(f"saved {options.out}")
 
 

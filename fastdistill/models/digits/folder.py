@@ -6,6 +6,8 @@ import copy
 import json
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -49,31 +51,42 @@ def save_folder(pipeline, folder: str | Path, card: str) -> Path:
         ValueError: the tokenizer has another vocabulary.
     """
     folder = check_target(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
-        fresh = Path(scratch) / folder.name
+    with written_whole(folder) as fresh:
         with quiet_libraries():
             _half(pipeline).save_pretrained(fresh, safe_serialization=True)
         _portable_text_encoder(fresh / "text_encoder")
         _portable_tokenizer(pipeline.tokenizer, fresh / "tokenizer")
         _without_paths(fresh)
         (fresh / "README.md").write_text(card, encoding="utf-8")
+    return folder
+
+
+def check_target(folder: str | Path, mark: str = "model_index.json", what: str = "pipeline") -> Path:
+    """The folder, if it may be written to: absent, empty or of its kind; a long training asks first.
+
+    Args:
+        mark: the file by which a folder is known to be `what`, which may be replaced.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder}: a file; needed a folder to write a {what} to")
+    if folder.exists() and any(folder.iterdir()) and not (folder / mark).is_file():
+        raise FileExistsError(f"{folder}: not empty and not a {what} folder; it is left as it is")
+    return folder
+
+
+@contextmanager
+def written_whole(folder: Path) -> Iterator[Path]:
+    """A folder to write to, which takes the place of `folder` when everything in it is written."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+        fresh = Path(scratch) / folder.name
+        yield fresh
         for path in fresh.rglob("*"):
             path.chmod(0o755 if path.is_dir() else 0o644)
         if folder.exists():
             os.replace(folder, Path(scratch) / "replaced")
         os.replace(fresh, folder)
-    return folder
-
-
-def check_target(folder: str | Path) -> Path:
-    """The folder, if `save_folder` may write it: absent, empty or a pipeline folder; a long training asks first."""
-    folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"{folder}: a file; needed a folder to write a pipeline to")
-    if folder.exists() and any(folder.iterdir()) and not (folder / "model_index.json").is_file():
-        raise FileExistsError(f"{folder}: not empty and not a pipeline folder; it is left as it is")
-    return folder
 
 
 def _half(pipeline):

@@ -90,3 +90,23 @@ def build_scheduler():
         set_alpha_to_one=True,  # the last step ends at the clean sample, not at t = 0
         steps_offset=1,  # unused by trailing spacing; pipelines warn about any other value
     )
+
+
+def build_vit():
+    """`ViTForImageClassification` of the ten digits, 0.3 M parameters: 6 blocks of width 64 over 8x8 patches."""
+    from transformers import ViTConfig, ViTForImageClassification
+
+    return ViTForImageClassification(
+        ViTConfig(
+            image_size=IMAGE_SIZE,
+            patch_size=4,  # one pixel of the original 8x8 digits
+            hidden_size=64,
+            num_hidden_layers=6,
+            num_attention_heads=4,
+            intermediate_size=256,
+            layer_norm_eps=1e-6,
+            num_labels=10,
+            id2label={digit: str(digit) for digit in range(10)},
+            label2id={str(digit): digit for digit in range(10)},
+        )
+    )

@@ -101,6 +101,7 @@ def generate(
             report(Progress(before + in_hand, total, made + in_hand, time.perf_counter() - start))
 
     with Interruption() as interruption:
+        advance(done(), 0)
         missing = list(shards)
         while missing and not interruption.requested:
             idle = True
