@@ -165,8 +165,8 @@ def students_as_markdown(students: Sequence[Student]) -> str:
         runs.sort(key=lambda student: student.seed)
         name = f"{rectifications} x reflow, then one step" if rectifications else "one step directly"
         for run in runs:
-            measured = run.facts.get("figures", {}).get("straightness", {}).values()
-            shown = ", ".join(f"{value:.4f}" for value in measured)
+            measured = run.facts.get("figures", {}).items()
+            shown = ", ".join(f"{value:.4f}" for name, value in measured if name.startswith("straightness"))
             figures = f"{run.fd:.3f} | {run.accuracy:.3f} | {run.diversity:.3f}"
             lines.append(f"| {name} | {run.seed} | {_updates(run)} | {shown} | {figures} |")
         if len(runs) > 1:
