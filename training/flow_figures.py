@@ -131,6 +131,8 @@ def draw(over_steps: Sequence[Row], over_guidance: Sequence[Row], picture: Path)
     left.set(xscale="log", yscale="log", xlabel="steps", ylabel="Frechet distance", xticks=STEPS, title="no guidance")
     left.set_xticks(STEPS, map(str, STEPS))
     left.set_xticks([], minor=True)
+    left.set_yticks((0.2, 0.5, 1, 2, 5), ("0.2", "0.5", "1", "2", "5"))
+    left.set_yticks([], minor=True)
     for rows in _by_label(over_guidance):
         label = f"{rows[0].label}, {rows[0].steps} steps"
         right.plot([row.diversity for row in rows], [row.fd for row in rows], marker="o", label=label)
