@@ -214,8 +214,8 @@ class FlowMethod(Method):
     def facts(self) -> dict[str, Any]:
         return {"prediction_type": self.path.prediction_type}
 
-    def figures(self) -> dict[str, Any]:
-        return {"straightness": dict(self.measured)} if self.measured else {}
+    def figures(self) -> dict[str, float]:
+        return {f"straightness of {flow}": value for flow, value in self.measured.items()}
 
     def sampling(self) -> dict[str, Any]:
         return {"steps": self.steps, "timestep": self.start, "guidance_scale": self.guidance_scale}

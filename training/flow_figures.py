@@ -131,6 +131,8 @@ def draw(over_steps: Sequence[Row], over_guidance: Sequence[Row], picture: Path)
     left.set(xscale="log", yscale="log", xlabel="steps", ylabel="Frechet distance", xticks=STEPS, title="no guidance")
     left.set_xticks(STEPS, map(str, STEPS))
     left.set_xticks([], minor=True)
+    left.set_yticks((0.2, 0.5, 1, 2, 5), ("0.2", "0.5", "1", "2", "5"))
+    left.set_yticks([], minor=True)
     for rows in _by_label(over_guidance):
         label = f"{rows[0].label}, {rows[0].steps} steps"
         right.plot([row.diversity for row in rows], [row.fd for row in rows], marker="o", label=label)
@@ -165,8 +167,8 @@ def students_as_markdown(students: Sequence[Student]) -> str:
         runs.sort(key=lambda student: student.seed)
         name = f"{rectifications} x reflow, then one step" if rectifications else "one step directly"
         for run in runs:
-            measured = run.facts.get("figures", {}).get("straightness", {}).values()
-            shown = ", ".join(f"{value:.4f}" for value in measured)
+            measured = run.facts.get("figures", {}).items()
+            shown = ", ".join(f"{value:.4f}" for name, value in measured if name.startswith("straightness"))
             figures = f"{run.fd:.3f} | {run.accuracy:.3f} | {run.diversity:.3f}"
             lines.append(f"| {name} | {run.seed} | {_updates(run)} | {shown} | {figures} |")
         if len(runs) > 1:

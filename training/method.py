@@ -88,8 +88,8 @@ class Method(ABC):
         """What a checkpoint must agree with, and what is written beside a student: JSON."""
         return {}
 
-    def figures(self) -> dict[str, Any]:
-        """What was measured on the way, written beside a student: JSON. A resumed run need not agree with it."""
+    def figures(self) -> dict[str, float]:
+        """What was measured on the way, by name, written beside a student. A resumed run need not agree with it."""
         return {}
 
     def sampling(self) -> dict[str, Any]:

@@ -307,20 +307,20 @@ def test_each_rectification_is_a_stage_on_pairs_of_the_flow_before_and_distillat
         assert torch.equal(stage.data.pairs.noise, expected.noise)
         assert torch.equal(stage.data.pairs.sample, expected.sample)
     figures = stages[-1].method.figures()
-    assert list(figures["straightness"]) == [f"{n}-RF" for n in range(1, rectifications + 2)]
-    assert all(value > 0 for value in figures["straightness"].values())
+    assert list(figures) == [f"straightness of {n}-RF" for n in range(1, rectifications + 2)]
+    assert all(value > 0 for value in figures.values())
 
 
 def test_the_log_shows_the_straightness_of_the_flow_that_made_the_pairs(setup):
     stages = REFLOW.stages(setup)
     stage = next(stages)
-    before = stage.method.figures()["straightness"]["1-RF"]
+    before = stage.method.figures()["straightness of 1-RF"]
     draws = Draws(0, 0, 0, batch_size=4)
     logs = stage.method.losses("student", Step(stage.data.batch(0, draws.fork("data")), draws)).logs
     assert float(logs["straightness"]) == pytest.approx(before)
     with pytest.raises(StopIteration):
         stages.send(stage.method.student.eval())
-    assert set(stage.method.figures()["straightness"]) == {"1-RF", "2-RF"}
+    assert set(stage.method.figures()) == {"straightness of 1-RF", "straightness of 2-RF"}
 
 
 def test_a_rectified_flow_starts_as_the_flow_before_and_one_that_predicts_velocities_from_its_weights(setup):
@@ -405,7 +405,7 @@ def encoded(pipeline):
 def test_a_rectified_flow_opens_in_diffusers_and_its_steps_there_are_euler_steps_of_the_flow(tmp_path):
     result = distill(tiny_pipeline(), PROMPTS, REFLOW)
     assert result.facts["sampling"] == {"steps": 2, "timestep": 999, "guidance_scale": 1.0}
-    assert set(result.facts["figures"]["straightness"]) == {"1-RF", "2-RF"}
+    assert set(result.facts["figures"]) == {"straightness of 1-RF", "straightness of 2-RF"}
     opened = DiffusionPipeline.from_pretrained(result.save(tmp_path / "flow"), torch_dtype=torch.float32)
     alpha, sigma = diffusion.from_scheduler(opened.scheduler).at(499)
     path = StraightPath(diffusion.from_scheduler(opened.scheduler), "v_prediction")

@@ -49,7 +49,7 @@ def student(seed, rectifications, fd):
         "lpips_updates": 0,
         "reflow": {"rectifications": rectifications, "trainer": {"updates": 400}},
     }
-    facts = {"config": config, "figures": {"straightness": {"1-RF": 0.09, "2-RF": 0.007}}}
+    facts = {"config": config, "figures": {"straightness of 1-RF": 0.09, "straightness of 2-RF": 0.007}}
     return Student("instaflow", seed, fd, 0.99, 0.9, 0.8, facts)
 
 
