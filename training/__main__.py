@@ -1,152 +1,233 @@
-"""`python -m fastdistill.training dmd …`: distil a teacher into one step from the command line."""
+"""`python -m fastdistill.training METHOD …`, under torchrun too: distil a teacher into few steps."""
 
 from __future__ import annotations
 
-import difflib
-import typing
+import contextlib
+import json
+import shlex
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-from fastdistill.models import ModelError, resolve_model
+from rich.table import Table
+from rich.text import Text
+from typer.core import TyperCommand
 
 from .checkpoint import CheckpointError
-from .digits import digits_card, digits_prompts, digits_scores
-from .distill import distill
-from .dmd import DMDConfig
-from .pipelines import TeacherError, check_output_folder
-from .trainer import TrainingProgress
+from .contract import GradientContractError
+from .digits import digits_scores
+from .documented import described, summary
+from .images import TooManyUnreadable
+from .plan import plan, render
+from .registry import METHODS, config_class
+from .run import RUN_FILE, RunConfig, check_run, chosen_device, load_run, open_data, run_yaml, save_student, train
+from .teacher import Teacher
+from .world import World, world_of_environment
 
-app = typer.Typer(add_completion=False, help="Distil diffusion teachers into one-step students.", no_args_is_help=True)
+app = typer.Typer(
+    add_completion=False,
+    help="Distil a diffusion teacher into a student of one or a few steps.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 console = Console()
 errors = Console(stderr=True)
+
+FORESEEN = (
+    ValueError,
+    OSError,
+    ImportError,
+    FloatingPointError,
+    CheckpointError,
+    GradientContractError,
+    TooManyUnreadable,
+)
 
 
 @app.callback()
 def methods() -> None:
-    """One command per method."""
+    """One command per method; `METHOD --help` lists its settings."""
 
 
-@app.command()
-def dmd(
-    out: Annotated[Path, typer.Option(help="Pipeline folder to write; an existing pipeline there is replaced.")],
-    teacher: Annotated[str, typer.Option(help="Bundled name or pipeline folder.")] = "digits-teacher",
-    prompts: Annotated[
-        str, typer.Option(help='Text file, one prompt a line, or "digits": every caption of the ten digits.')
-    ] = "digits",
-    iterations: Annotated[int, typer.Option(help="Updates of the student.")] = DMDConfig.iterations,
-    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 …")] = "cpu",
-    checkpoints: Annotated[
-        Path | None, typer.Option(help="Folder for checkpoints. With it, SIGTERM and SIGINT save one and exit with 0.")
-    ] = None,
-    resume: Annotated[bool, typer.Option(help="Continue from the newest checkpoint in --checkpoints.")] = False,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="NAME=VALUE", help="Any other field of DMDConfig, for example critic_ratio=10."),
-    ] = None,
-) -> None:
-    """Distribution matching distillation: a student that needs one step, without any training images."""
-    try:
-        config = _config(settings or [], iterations=iterations, seed=seed)
-        lines = _prompts(prompts)
-        check_output_folder(out)
-        resolve_model(teacher)
-        _check_device(device)
-        with _progress_bar() as bar:
-            task = bar.add_task("preparing pairs", total=config.iterations)
-            result = distill(
-                teacher,
-                lines,
-                config,
-                device=device,
-                callback=lambda p: _show(bar, task, p),
-                checkpoints=checkpoints,
-                resume=resume,
-            )
-        if result.run.ended.startswith("SIG"):
-            console.print(
-                f"{result.run.ended} after update {result.run.updates['student']} of {config.iterations}; "
-                f"continue with --checkpoints {checkpoints} --resume",
-                highlight=False,
-                markup=False,
-                soft_wrap=True,
-            )
-            return
-        result.save(out, card=digits_card(out.name, config) if prompts == "digits" else None)
-    except (CheckpointError, ModelError, TeacherError, ValueError, OSError, FloatingPointError) as error:
-        errors.print(
-            f"error: {' '.join(str(error).split())}", style="red", markup=False, highlight=False, soft_wrap=True
+class _MethodCommand(TyperCommand):
+    """A command whose help ends with every setting of the method, read from its dataclasses."""
+
+    def format_help(self, ctx, formatter) -> None:
+        super().format_help(ctx, formatter)
+        console.print(_settings_table(self.name))
+
+
+def _settings_table(method: str) -> Table:
+    kind = config_class(method)
+    title = f"Settings of {method}: --set NAME=VALUE, or under method: in YAML. {summary(kind)}"
+    table = Table(title=title, title_justify="left", title_style="", box=SIMPLE_HEAD, expand=True, pad_edge=False)
+    table.add_column("name", style="cyan", no_wrap=True)
+    table.add_column("default", overflow="fold")
+    table.add_column("meaning", ratio=1)
+    for name, value, doc in [*described(kind()), *_of_the_run(method)]:
+        table.add_row(Text(name), Text(value), Text(doc))
+    return table
+
+
+def _of_the_run(method: str) -> list[tuple[str, str, str]]:
+    """The settings of a run that have no option of their own."""
+    run = described(RunConfig(method=config_class(method)()))
+    return [row for row in run if row[0].partition(".")[0] in ("images", "validation")]
+
+
+def _command(method: str) -> Callable[..., None]:
+    def command(
+        config: Annotated[
+            Path | None, typer.Option(metavar="FILE.yaml", help="The run: what --write-config writes, or a part of it.")
+        ] = None,
+        out: Annotated[
+            Path | None, typer.Option(help="Pipeline folder to write; an existing pipeline there is replaced.")
+        ] = None,
+        teacher: Annotated[
+            str | None, typer.Option(help="Bundled name or pipeline folder.", show_default="digits-teacher")
+        ] = None,
+        prompts: Annotated[
+            str | None,
+            typer.Option(
+                help='Text file, one prompt a line, or "digits": all their captions.',
+                show_default="digits",
+            ),
+        ] = None,
+        images: Annotated[
+            str | None,
+            typer.Option(
+                help='Real samples with captions: a folder, tar files, a dataset, or "digits".', show_default="none"
+            ),
+        ] = None,
+        pairs: Annotated[
+            Path | None, typer.Option(help="Folder of pairs made before.", show_default="made as needed")
+        ] = None,
+        seed: Annotated[int | None, typer.Option(help="Of everything random.", show_default="0")] = None,
+        updates: Annotated[
+            int | None, typer.Option(help="Updates of the student.", show_default="the method's")
+        ] = None,
+        device: Annotated[
+            str | None, typer.Option(help="cpu, cuda, cuda:1 …", show_default="a GPU if there is one")
+        ] = None,
+        checkpoints: Annotated[
+            Path | None,
+            typer.Option(help="Folder for checkpoints. With it, SIGTERM and SIGINT save one and exit with 0."),
+        ] = None,
+        resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest one in --checkpoints.")] = False,
+        settings: Annotated[
+            list[str] | None,
+            typer.Option("--set", metavar="NAME=VALUE", help="A setting of the method (below), or a field of the run."),
+        ] = None,
+        watch: Annotated[
+            Path | None, typer.Option(help="Folder for log, pictures, curves and a report of the run.")
+        ] = None,
+        export_dtype: Annotated[
+            str | None, typer.Option(help="Of the student on disk: float16, bfloat16, float32.", show_default="float16")
+        ] = None,
+        dry_run: Annotated[
+            bool, typer.Option("--dry-run", help="One update of every role, and the plan; nothing is written.")
+        ] = False,
+        as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: JSON instead of tables.")] = False,
+        write_config: Annotated[
+            Path | None,
+            typer.Option(metavar="FILE.yaml", help="Write the whole configuration with comments, and end."),
+        ] = None,
+    ) -> None:
+        options = {
+            "out": out,
+            "teacher": teacher,
+            "prompts": prompts,
+            "images": images,
+            "pairs": pairs,
+            "seed": seed,
+            "updates": updates,
+            "device": device,
+            "checkpoints": checkpoints,
+            "watch": watch,
+            "export_dtype": export_dtype,
+        }
+        with _one_line_errors():
+            run = load_run(method, config, settings or [], **options)
+            if as_json and not dry_run:
+                raise ValueError("--json is for --dry-run")
+            if write_config is not None:
+                _write_config(run, write_config)
+            elif dry_run:
+                _dry_run(run, as_json)
+            else:
+                check_run(run, resume=resume)
+                with world_of_environment(chosen_device(run.device)) as world:
+                    _train(run, resume, world)
+
+    entry = METHODS[method]
+    command.__doc__ = f"{entry.title} ({', '.join(entry.papers)}).\n\n{entry.about}"
+    return command
+
+
+for _name in METHODS:
+    app.command(_name, cls=_MethodCommand, no_args_is_help=True)(_command(_name))
+
+
+def _write_config(run: RunConfig, file: Path) -> None:
+    if file.exists():
+        raise FileExistsError(f"--write-config {file}: exists; it is left as it is")
+    file.write_text(run_yaml(run), encoding="utf-8")
+    _say(f"{file}: fastdistill train {run.method.method} --config {shlex.quote(str(file))}")
+
+
+def _dry_run(run: RunConfig, as_json: bool) -> None:
+    prompts = check_run(run, writes=run.out is not None)
+    teacher = Teacher(run.teacher, chosen_device(run.device))
+    found = plan(teacher, prompts, run.method, images=open_data(run, teacher), pairs=run.pairs)
+    if as_json:
+        print(json.dumps(found.to_dict(), indent=2))
+    else:
+        console.print(render(found))
+
+
+def _train(run: RunConfig, resume: bool, world: World) -> None:
+    result = train(run, resume=resume, world=world)
+    if not world.is_first:
+        return
+    if result.run.ended.startswith("SIG"):
+        again = shlex.join(["--config", str(run.checkpoints / RUN_FILE), "--resume"])
+        _say(
+            f"{result.run.ended} after {_counts(result.run.updates)}; go on with: fastdistill train "
+            f"{run.method.method} {again}"
         )
-        raise typer.Exit(2) from error
-    updates = ", ".join(f"{count} of {role}" for role, count in result.run.updates.items())
-    console.print(f"{out}: {updates} in {result.run.seconds:.0f} s", highlight=False, markup=False, soft_wrap=True)
-    if prompts == "digits":
-        for noise_seed, scores in digits_scores(result.pipeline):
-            console.print(
-                f"one step, noise {noise_seed}: FD {scores.fd:.3f}, accuracy {scores.accuracy:.3f}, diversity "
-                f"{scores.diversity:.2f} (lowest digit {min(scores.diversity_per_digit):.2f})",
-                highlight=False,
+        return
+    save_student(run, result)
+    _say(f"{run.out}: {_counts(result.run.updates)} in {result.run.seconds:.0f} s")
+    if run.is_of_digits:
+        steps = result.facts["sampling"]["steps"]
+        for noise_seed, scores in digits_scores(result.pipeline, steps=steps):
+            _say(
+                f"{'one step' if steps == 1 else f'{steps} steps'}, noise {noise_seed}: FD {scores.fd:.3f}, accuracy "
+                f"{scores.accuracy:.3f}, diversity {scores.diversity:.2f} (lowest digit "
+                f"{min(scores.diversity_per_digit):.2f})"
             )
 
 
-def _config(settings: list[str], **given) -> DMDConfig:
-    types = typing.get_type_hints(DMDConfig)
-    for setting in settings:
-        name, equals, value = setting.partition("=")
-        if name not in types:
-            near = difflib.get_close_matches(name, types, n=1)
-            hint = f"; did you mean {near[0]}?" if near else f"; known are {', '.join(types)}"
-            raise ValueError(f"--set {setting}: unknown setting {name!r}{hint}")
-        wanted = int if types[name] == (int | None) else types[name]
-        try:
-            given[name] = wanted(value)
-        except ValueError:
-            raise ValueError(f"--set {setting}: needed {name}=<{wanted.__name__}>") from None
-        if not equals:
-            raise ValueError(f"--set {setting}: needed {name}=<{wanted.__name__}>")
-    return DMDConfig(**given)
-
-
-def _prompts(source: str) -> list[str]:
-    if source == "digits":
-        return digits_prompts()
-    path = Path(source)
-    if not path.is_file():
-        raise ValueError(f'--prompts {source}: no such file; needed a text file with one prompt a line, or "digits"')
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    if not any(lines):
-        raise ValueError(f"--prompts {source}: no prompt in this file")
-    return [line for line in lines if line]
-
-
-def _check_device(name: str) -> None:
+@contextlib.contextmanager
+def _one_line_errors() -> Iterator[None]:
     try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"--device {name}: needed cpu, cuda or cuda:N") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {name}: this torch sees no NVIDIA GPU")
+        yield
+    except FORESEEN as error:
+        line = " ".join(str(error).split()) or type(error).__name__
+        errors.print(f"error: {line}", style="red", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(2) from error
 
 
-def _progress_bar() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=errors,
-    )
+def _counts(updates: dict[str, int]) -> str:
+    return ", ".join(f"{count} of {role}" for role, count in updates.items())
 
 
-def _show(bar: Progress, task, progress: TrainingProgress) -> None:
-    shown = " ".join(f"{name} {value:.3f}" for name, value in progress.losses.items() if name != "guarded")
-    bar.update(task, completed=progress.update, description=shown)
+def _say(line: str) -> None:
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -143,6 +143,11 @@ class AdapterRole(nn.Module):
         """Of the network."""
         return self._base.network.config
 
+    @property
+    def mid_block(self) -> nn.Module:
+        """Of the network, where the head of DMD2's discriminator looks."""
+        return self._base.network.mid_block
+
     def train(self, mode: bool = True) -> AdapterRole:
         """The base stays in evaluation mode: it is everybody's."""
         self.training = mode

@@ -23,6 +23,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from .files import sha256, sync
+
 FORMAT = 1
 _NAME = re.compile(r"step-(\d{8,})")
 _STATE = "state.json"
@@ -55,7 +57,7 @@ def save(folder: str | Path, step: int, state: Mapping[str, Any], *, keep: int =
             scratch.mkdir()
             _write(scratch, step, state)
             os.replace(scratch, target)
-            _sync(folder)
+            sync(folder)
     except TypeError:
         _clear(folder)
         raise
@@ -92,7 +94,7 @@ def load(path: str | Path) -> dict[str, Any]:
             raise CheckpointError(f"{file}: is missing")
         if file.stat().st_size != facts["bytes"]:
             raise CheckpointError(f"{file}: {file.stat().st_size} bytes, {facts['bytes']} were written")
-        if _sha256(file) != facts["sha256"]:
+        if sha256(file) != facts["sha256"]:
             raise CheckpointError(f"{file}: its content was changed after it was written")
         tensors[name.removesuffix(".safetensors")] = load_file(file)
     return {name: _unpack(tree, tensors.get(name, {})) for name, tree in parts.items()}
@@ -149,13 +151,13 @@ def _write(folder: Path, step: int, state: Mapping[str, Any]) -> None:
         if tensors:
             file = folder / f"{name}.safetensors"
             save_file(tensors, file)
-            _sync(file)
-            files[file.name] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+            sync(file)
+            files[file.name] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
     record = {"format": FORMAT, "step": step, "files": files, "parts": parts}
     record["digest"] = _digest_of(record)
     (folder / _STATE).write_text(json.dumps(record), encoding="utf-8")
-    _sync(folder / _STATE)
-    _sync(folder)
+    sync(folder / _STATE)
+    sync(folder)
 
 
 def _pack(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:
@@ -189,23 +191,6 @@ def _unpack(packed: Any, tensors: Mapping[str, Tensor]) -> Any:
 def _digest_of(record: Mapping[str, Any]) -> str:
     rest = {key: value for key, value in record.items() if key != "digest"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    """What was written is on the disk when this returns, be it a file or the names in a folder."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def random_state() -> dict[str, Any]:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
 from .condition import Condition
+from .config import require
 from .draws import Draws
-from .pairs import Pairs
+
+if TYPE_CHECKING:
+    from .pairs import Pairs
 
 
 class Data(Protocol):
@@ -22,6 +25,8 @@ class Data(Protocol):
     - `data` (B, …) a real sample in the student's space (latents), of the same `condition`; `image` (B, 3, H, W) in
       [-1, 1], its pixels, where they are there.
     - `pair_noise`, `pair_sample` (B, …), `pair_condition`: a noise and where the teacher's ODE carries it.
+
+    A method `figures()`, where there is one, gives numbers by name for the log.
     """
 
     def batch(self, first: int, draws: Draws) -> dict[str, Any]:
@@ -89,6 +94,32 @@ class LatentData:
         if self.images is not None:
             batch["image"] = self.images[chosen]
         return batch if self.pairs is None else batch | pair_batch(self.pairs, self.conditions, draws)
+
+
+class PromptDropout:
+    """Data that shows some samples without their prompt: what a network that is to be guided learns from.
+
+    Args:
+        data: whose batches are taken; `condition` is changed in them, sizes are kept, nothing else is.
+        share: of samples, drawn one by one; 0 changes and draws nothing.
+        unconditional: the condition of the empty prompt, of one sample, on the networks' device.
+    """
+
+    def __init__(self, data: Data, share: float, unconditional: Condition) -> None:
+        require("dropout", share, 0 <= share <= 1, "in [0, 1]")
+        self.data, self.share, self.unconditional = data, share, unconditional
+
+    def batch(self, first: int, draws: Draws) -> dict[str, Any]:
+        """The data's batch; whatever the share, with the same noise, samples and prompts."""
+        batch = self.data.batch(first, draws)
+        if self.share > 0:
+            kept = draws.fork("dropout").rand() >= self.share
+            batch["condition"] = batch["condition"].where(kept, self.unconditional)
+        return batch
+
+    def figures(self) -> dict[str, float]:
+        """Those of the data."""
+        return getattr(self.data, "figures", dict)()
 
 
 def pair_batch(pairs: Pairs, conditions: Condition, draws: Draws) -> dict[str, Any]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import fields
-from typing import TYPE_CHECKING
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .card import about_method
 from .data import LatentData
-from .dmd import DMDConfig
 from .teacher import Teacher
 
 if TYPE_CHECKING:
@@ -51,40 +51,37 @@ def digits_images(teacher: Teacher, *, seed: int = 0, batch_size: int = 256) -> 
     return LatentData(latents, conditions, of_each.to(teacher.device), images=images, seed=seed)
 
 
-def digits_card(name: str, config: DMDConfig) -> str:
-    """The model card of a student of the digits, with the command that reproduces it and a place for its figures."""
+def digits_card(name: str, command: str, facts: Mapping[str, Any]) -> str:
+    """The model card of a student of the digits, with the command that makes it again and a place for its figures."""
     from fastdistill.models.digits.cards import student_card
 
+    steps, timestep = facts["sampling"]["steps"], facts["sampling"]["timestep"]
+    taken = "one step" if steps == 1 else f"{steps} steps"
+    data = (
+        "the real digits"
+        if facts.get("run", {}).get("images", {}).get("source")
+        else "no image beside what the teacher has seen"
+    )
+    method = (
+        f"{about_method(facts['method'])} The student takes {taken} from pure noise at t = {timestep}, without "
+        f"guidance; it was given {data}. Every setting stands in `fastdistill.json`."
+    )
     return student_card(
         name,
-        summary="One-step handwritten digits, distilled from `digits-teacher` by distribution matching (DMD).",
-        command=_command(name, config),
-        method=(
-            "Distribution matching distillation (arXiv 2311.18828), with more updates of the fake score than of the\n"
-            "student (arXiv 2405.14867). No training image is used: only the teacher, a fake score that follows the\n"
-            "student, and a set of noises carried along the teacher's ODE. The student takes one step from pure\n"
-            "noise at t = 999, without guidance. Every setting stands in `fastdistill.json`."
-        ),
+        summary=f"Handwritten digits in {taken}, distilled from `{facts['teacher']['name']}`.",
+        command=command,
+        method=textwrap.fill(method, 110),
+        steps=steps,
     )
 
 
-def digits_scores(pipeline: DiffusionPipeline, seeds: range = range(3)) -> Iterator[tuple[int, DigitScores]]:
-    """(seed, scores) of 1000 images in one step, for each seed of the noise."""
+def digits_scores(
+    pipeline: DiffusionPipeline, seeds: Iterable[int] = range(3), steps: int = 1
+) -> Iterator[tuple[int, DigitScores]]:
+    """(seed, scores) of 1000 images in `steps` steps, for each seed of the noise."""
     from fastdistill.models.digits.metrics import score
     from fastdistill.models.digits.sampling import balanced_labels, generate
 
     labels = balanced_labels()
     for seed in seeds:
-        yield seed, score(generate(pipeline, labels, steps=1, seed=seed), labels)
-
-
-def _command(name: str, config: DMDConfig) -> str:
-    defaults = DMDConfig()
-    given = {field.name: getattr(config, field.name) for field in fields(config)}
-    settings = [
-        f"--set {key}={value}"
-        for key, value in given.items()
-        if key not in ("iterations", "seed") and value != getattr(defaults, key)
-    ]
-    size = f"--iterations {config.iterations} --seed {config.seed}"
-    return " ".join(["python -m fastdistill.training dmd --teacher digits-teacher --out", name, size, *settings])
+        yield seed, score(generate(pipeline, labels, steps=steps, seed=seed), labels)

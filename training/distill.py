@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,18 +12,21 @@ import torch
 
 from fastdistill import __version__
 
+from .card import package_commit, student_card
 from .data import Data
 from .dmd import DMDConfig
 from .pipelines import save_pipeline, student_pipeline
 from .recipe import MethodConfig, Setup, Stage
+from .settings import to_dict
 from .teacher import Teacher
-from .trainer import Run, Trainer, TrainingProgress, Validate
+from .trainer import Run, Trainer, TrainingProgress
 from .world import World
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 Callback = Callable[[TrainingProgress], bool | None]
+Validate = Callable[..., Mapping[str, float]]
 
 
 @dataclass(frozen=True)
@@ -41,14 +45,23 @@ class Distilled:
     facts: dict
     teacher_folder: Path | None
 
-    def save(self, folder: str | Path, card: str | None = None) -> Path:
-        """Write an ordinary diffusers pipeline folder (float16 UNet) with `fastdistill.json` beside it.
+    def save(self, folder: str | Path, card: str | None = None, dtype: torch.dtype = torch.float16) -> Path:
+        """Write an ordinary diffusers pipeline folder with `fastdistill.json` and a model card beside it.
 
-        `card` is a model card in Markdown, written as its `README.md`. A pipeline folder that is there is replaced;
-        anything else that is not empty raises FileExistsError.
+        Args:
+            folder: a pipeline folder that is there is replaced; anything else that is not empty raises FileExistsError.
+            card: Markdown for its `README.md`; None writes one from the facts.
+            dtype: of the student's weights on disk.
+
+        Raises:
+            FileExistsError, PermissionError: `folder` cannot be written.
+            ValueError: weights too large for `dtype`, named.
         """
-        save_pipeline(self.pipeline, folder, self.facts, card=card, frozen_parts=self.teacher_folder)
-        return Path(folder)
+        folder = Path(folder)
+        if card is None:
+            card = student_card(folder.absolute().name, self.facts, teacher_folder=self.teacher_folder)
+        save_pipeline(self.pipeline, folder, self.facts, card=card, dtype=dtype, frozen_parts=self.teacher_folder)
+        return folder
 
 
 def distill(
@@ -81,7 +94,9 @@ def distill(
             `config.trainer.checkpoint_every` updates and at the end, which SIGTERM and SIGINT bring about early; None
             for none.
         resume: continue from the newest checkpoint there; a resumed run equals an uninterrupted one bit for bit.
-        validate, world: as in `Trainer`; the last stage is validated.
+        validate: of the last stage, as in `Trainer`, called with the student and `method=`, which knows how it is
+            sampled; such as a `fastdistill.training.validation.Validator`.
+        world: as in `Trainer`.
 
     Example:
         >>> config = DMDConfig(trainer=TrainerConfig(updates=100))
@@ -105,23 +120,28 @@ def distill(
     checkpoints = None if checkpoints is None else Path(checkpoints)
     if resume and not checkpoints.is_dir():
         raise ValueError(f"resume: there is no checkpoint in {checkpoints}")
-    teacher = Teacher(teacher, device)
+    teacher = teacher if isinstance(teacher, Teacher) else Teacher(teacher, device)
     setup = Setup(
         teacher, prompts, teacher.encode(prompts), images, None if pairs is None else Path(pairs), work=checkpoints
     )
     stage, run = _run_stages(config, setup, callback, checkpoints, resume, validate, world)
+    scheduler = stage.method.scheduler(teacher.pipeline.scheduler)
     facts = {
         "method": config.method,
         "fastdistill": __version__,
+        "commit": package_commit(),
+        "network": type(run.student).__name__,
+        "scheduler": type(scheduler).__name__,
         "sampling": stage.method.sampling(),
-        "prediction_type": teacher.prediction_type,
+        "prediction_type": stage.method.facts().get("prediction_type", teacher.prediction_type),
         "zero_terminal_snr": bool(teacher.schedule.alpha[-1] == 0),
         "teacher": teacher.facts(),
         "prompts": len(prompts),
         "updates": run.updates,
-        "config": asdict(config),
+        "training": {"seconds": round(run.seconds, 1), "losses": run.losses, "validation": run.validation},
+        "config": to_dict(config),
+        **({"figures": figures} if (figures := stage.method.figures()) else {}),
     }
-    scheduler = stage.method.scheduler(teacher.pipeline.scheduler)
     return Distilled(student_pipeline(teacher.pipeline, run.student, scheduler), run, facts, teacher.folder)
 
 
@@ -145,7 +165,7 @@ def _run_stages(
             stage.trainer,
             stage.roles,
             folder=folder,
-            validate=validate if stage.is_last else None,
+            validate=partial(validate, method=stage.method) if validate is not None and stage.is_last else None,
             stage=stage.name,
             world=world,
         )

@@ -8,7 +8,7 @@ moves along the difference of the two.
 from __future__ import annotations
 
 import copy
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -27,9 +27,11 @@ from .contract import nudged
 from .data import PromptData
 from .draws import Draws
 from .method import Losses, Method, Step, Turn
-from .networks import conversion_point, predict, predict_guided
-from .pairs import make_pairs
+from .networks import conversion_point, predict, predict_data, predict_guided
+from .pairs import pairs_for
 from .recipe import Setup, Stage
+from .regression import Distance, check_regression, regression_distance
+from .solvers import check_solver
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,11 @@ class DMDConfig:
         student_timestep: where the one step starts, with unit noise as input; None is the schedule's last.
         guidance_scale: classifier-free guidance of the teacher, 1 for none. The fake score is never guided.
         min_timestep, max_timestep: range of the timesteps at which the distributions are compared, as shares of T.
-        regression_weight: of the mean squared error to the ends of the teacher's ODE, 0 to leave it out.
-        pairs, pair_steps: how many noises the ODE is solved for, and in how many DDIM steps.
+        regression_weight: of the distance to the ends of the teacher's ODE, 0 to leave it out.
+        regression: that distance: "l2" of latents, "pixel_l2" of decoded images, or "lpips" of these, as in the paper.
+        lpips_backbone, lpips_heads: for "lpips": "vgg16" or the path of its weights, and the path of the linear heads.
+        pairs, pair_steps, pair_solver: how many noises the ODE is solved for, in how many steps, and by what ("euler",
+            "heun" or "dpmpp"); not of pairs that the run is given.
     """
 
     method: ClassVar[str] = "dmd"
@@ -59,8 +64,12 @@ class DMDConfig:
     min_timestep: float = 0.02
     max_timestep: float = 0.98
     regression_weight: float = 0.5
+    regression: str = "l2"
+    lpips_backbone: str | None = None
+    lpips_heads: str | None = None
     pairs: int = 2000
     pair_steps: int = 25
+    pair_solver: str = "euler"
 
     def __post_init__(self) -> None:
         for name in ("critic_ratio", "pair_steps"):
@@ -71,24 +80,29 @@ class DMDConfig:
         require("max_timestep", self.max_timestep, self.max_timestep < 1, "below 1")
         if self.regression_weight > 0 and self.pairs == 0:
             raise ValueError("regression_weight above 0 needs pairs; got pairs = 0")
+        check_regression(self)
+        check_solver(self.pair_solver)
 
     def stages(self, setup: Setup) -> Generator[Stage, nn.Module, None]:
         """One: the student from unit noise, its fake score beside it, and pairs for the regression term."""
         teacher = setup.teacher
         unconditional = teacher.unconditional if self.guidance_scale != 1 else None
-        method = DMD(teacher.unet, teacher.schedule, teacher.prediction_type, self, unconditional)
+        method = DMD(
+            teacher.unet,
+            teacher.schedule,
+            teacher.prediction_type,
+            self,
+            unconditional,
+            distance=regression_distance(self, teacher),
+        )
         pairs = None
         if self.regression_weight > 0:
-            pairs = make_pairs(
-                teacher.unet,
-                setup.conditions,
-                teacher.schedule,
-                teacher.prediction_type,
+            pairs = pairs_for(
+                setup,
                 count=self.pairs,
-                sample_shape=teacher.sample_shape,
                 steps=self.pair_steps,
+                solver=self.pair_solver,
                 guidance_scale=self.guidance_scale,
-                unconditional=unconditional,
                 seed=self.trainer.seed + 1,  # the loop's own noises are drawn from its seed
             )
         data = PromptData(setup.conditions, teacher.sample_shape, pairs)
@@ -108,6 +122,8 @@ class DMD(Method):
         schedule, prediction_type: the teacher's, and with it everybody's.
         config: see `DMDConfig`.
         unconditional: of the empty prompt; needed for guidance.
+        student, fake_score: to start from instead, and to train in place; copies of the teacher by default.
+        distance: of the regression term, see `regression_distance`.
     """
 
     name = "dmd"
@@ -119,6 +135,10 @@ class DMD(Method):
         prediction_type: str,
         config: DMDConfig,
         unconditional: Condition | None = None,
+        *,
+        student: nn.Module | None = None,
+        fake_score: nn.Module | None = None,
+        distance: Distance = F.mse_loss,
     ):
         last = len(schedule) - 1
         start = last if config.student_timestep is None else config.student_timestep
@@ -126,8 +146,8 @@ class DMD(Method):
         if config.guidance_scale != 1 and unconditional is None:
             raise ValueError(f"guidance_scale {config.guidance_scale} needs the condition of the empty prompt")
         self.teacher = teacher.eval().requires_grad_(False)
-        self.student = copy.deepcopy(teacher).train().requires_grad_(True)
-        self.fake_score = copy.deepcopy(teacher).train().requires_grad_(True)
+        self.student = (copy.deepcopy(teacher) if student is None else student).train().requires_grad_(True)
+        self.fake_score = (copy.deepcopy(teacher) if fake_score is None else fake_score).train().requires_grad_(True)
         self.roles = {"student": self.student, "teacher": self.teacher, "fake_score": self.fake_score}
         # The fake score learns on every batch; every `critic_ratio`-th is the student's too.
         self.turns = (Turn("student", config.critic_ratio), Turn("fake_score"))
@@ -137,6 +157,7 @@ class DMD(Method):
         self.unconditional = unconditional
         self.start = start
         self.start_point = conversion_point(self.schedule, start, self.prediction_type)
+        self.distance = distance
 
     def losses(self, role: str, step: Step) -> Losses:
         return self._student_losses(step) if role == "student" else self._fake_score_losses(step)
@@ -149,23 +170,22 @@ class DMD(Method):
 
     def generate(self, noise: Tensor, condition: Condition) -> Tensor:
         """The student's one step: noise (B, ...) and its condition to a sample of the data (B, ...)."""
-        t = torch.full((len(noise),), self.start, device=noise.device)
-        pred = predict(self.student, noise, t, condition)
-        return diffusion.to_data(pred, noise, *self.start_point, self.prediction_type)
+        return predict_data(self.student, noise, self.start, condition, self.start_point, self.prediction_type)
 
     def _student_losses(self, step: Step) -> Losses:
-        batch = step.batch
-        x = self.generate(batch["noise"], batch["condition"])
+        x = self.generate(step.batch["noise"], step.batch["condition"])
         step.memo["x"] = x.detach()
-        loss, stats = self.distribution_loss(x, batch["condition"], step.draws)
+        loss, stats = self.distribution_loss(x, step.batch["condition"], step.draws)
         terms = {"dmd": loss}
         if self.config.regression_weight > 0:
-            if "pair_noise" not in batch:
-                raise ValueError(f"regression_weight {self.config.regression_weight} needs pairs; the data has none")
-            # To where the teacher's ODE carries the same noise.
-            carried = self.generate(batch["pair_noise"], batch["pair_condition"])
-            terms["regression"] = self.config.regression_weight * F.mse_loss(carried, batch["pair_sample"])
+            terms["regression"] = self.config.regression_weight * self.regression_loss(step.batch)
         return Losses(terms, {"guarded": stats.guarded / x.numel()})
+
+    def regression_loss(self, batch: Mapping[str, Any]) -> Tensor:
+        """The student's distance to where the teacher's ODE carries the same noise."""
+        if "pair_noise" not in batch:
+            raise ValueError(f"regression_weight {self.config.regression_weight} needs pairs; the data has none")
+        return self.distance(self.generate(batch["pair_noise"], batch["pair_condition"]), batch["pair_sample"])
 
     def distribution_loss(self, x: Tensor, condition: Condition, draws: Draws) -> tuple[Tensor, DMDStats]:
         """The student's loss on its samples x (B, ...): everything but x is without gradient."""

@@ -36,23 +36,22 @@ class Draws:
         digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
         self._generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
 
-    def fork(self, name: str) -> Draws:
-        """Numbers of their own for a part of the work, whatever else is drawn."""
-        return Draws(
-            *self._key, name, batch_size=self.batch_size, device=self.device, rank=self._rank, world=self._world
-        )
+    def fork(self, name: str, device: torch.device | str | None = None) -> Draws:
+        """Numbers of their own for a part of the work, whatever else is drawn; on the same device unless given."""
+        device = self.device if device is None else device
+        return Draws(*self._key, name, batch_size=self.batch_size, device=device, rank=self._rank, world=self._world)
 
     def randn(self, *shape: int) -> Tensor:
         """(B, *shape) float32, standard normal."""
-        return self._own(torch.randn(self._samples, *shape, generator=self._generator))
+        return self._own(torch.randn(self.whole_batch, *shape, generator=self._generator))
 
     def rand(self, *shape: int) -> Tensor:
         """(B, *shape) float32, uniform in [0, 1)."""
-        return self._own(torch.rand(self._samples, *shape, generator=self._generator))
+        return self._own(torch.rand(self.whole_batch, *shape, generator=self._generator))
 
     def randint(self, low: int, high: int, *shape: int) -> Tensor:
         """(B, *shape) int64, uniform in low … high - 1."""
-        return self._own(torch.randint(low, high, (self._samples, *shape), generator=self._generator))
+        return self._own(torch.randint(low, high, (self.whole_batch, *shape), generator=self._generator))
 
     def shared(self, low: int, high: int) -> int:
         """One integer in low … high - 1 for the whole batch of all processes."""
@@ -63,7 +62,8 @@ class Draws:
         return first + self._rank * self.batch_size
 
     @property
-    def _samples(self) -> int:
+    def whole_batch(self) -> int:
+        """Samples of the whole batch, over all processes."""
         return self.batch_size * self._world
 
     def _own(self, of_all: Tensor) -> Tensor:

@@ -88,6 +88,10 @@ class Method(ABC):
         """What a checkpoint must agree with, and what is written beside a student: JSON."""
         return {}
 
+    def figures(self) -> dict[str, Any]:
+        """What was measured on the way, written beside a student: JSON. A resumed run need not agree with it."""
+        return {}
+
     def sampling(self) -> dict[str, Any]:
         """How the delivered student is sampled, JSON: steps, the first one's timestep, guidance scale."""
         return {"steps": 1, "timestep": self.start, "guidance_scale": 1.0}

@@ -45,6 +45,19 @@ def predict_guided(
     return diffusion.guide(predict(network, x_t, t, empty), conditional, guidance_scale)
 
 
+def predict_data(
+    network: nn.Module,
+    x_t: Tensor,
+    t: int,
+    condition: Condition,
+    point: tuple[Tensor, Tensor],
+    prediction_type: str,
+) -> Tensor:
+    """What a student's step makes of x_t (B, ...) at timestep t: the data (B, ...), read at the `conversion_point`."""
+    pred = predict(network, x_t, torch.full((len(x_t),), t, device=x_t.device), condition)
+    return diffusion.to_data(pred, x_t, *point, prediction_type)
+
+
 def conversion_point(schedule: Schedule, t: int | Tensor, prediction_type: str) -> tuple[Tensor, Tensor]:
     """(alpha, sigma) to read a prediction at t with: each () for an int, (B,) for a tensor of timesteps (B,).
 

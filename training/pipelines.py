@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from diffusers import DDIMScheduler, DiffusionPipeline
+    from diffusers import DDIMScheduler, DiffusionPipeline, LCMScheduler
 
 FACTS_FILE = "fastdistill.json"
+EXPORT_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 class TeacherError(ValueError):
@@ -63,6 +65,39 @@ def one_step_scheduler(scheduler, timestep: int) -> DDIMScheduler:
     return DDIMScheduler.from_config(config, **options)
 
 
+def renoising_scheduler(scheduler, timesteps: Sequence[int]) -> LCMScheduler:
+    """An LCM scheduler that visits exactly these timesteps, descending, when it is asked for as many steps.
+
+    Each step's x0 is diffused with fresh noise to the next timestep, and the last one's is the sample. LCM's boundary
+    condition, which mixes some of x_t into x0, is made to vanish. A schedule that goes on beyond the first timestep is
+    cut off behind it.
+
+    Raises:
+        ValueError: timesteps that LCM's even spacing does not reach, or an epsilon network at pure noise.
+    """
+    from diffusers import LCMScheduler
+
+    config, timesteps = scheduler.config, list(timesteps)
+    options = {"timestep_scaling": 1e10, "original_inference_steps": len(timesteps)}
+    options |= {"clip_sample": False, "thresholding": False, "set_alpha_to_one": True}
+    if timesteps[0] < config.num_train_timesteps - 1:
+        betas = scheduler.betas[: timesteps[0] + 1].tolist()  # already rescaled, if they are
+        options |= {"num_train_timesteps": len(betas), "trained_betas": betas, "rescale_betas_zero_snr": False}
+    elif config.get("prediction_type", "epsilon") == "epsilon" and config.get("rescale_betas_zero_snr"):
+        raise ValueError(
+            f"several steps from t = {timesteps[0]}: an epsilon network says nothing about x0 at this schedule's pure "
+            "noise; start at an earlier timestep, or use a teacher that predicts v"
+        )
+    found = LCMScheduler.from_config(config, **options)
+    found.set_timesteps(len(timesteps))
+    if found.timesteps.tolist() != timesteps:
+        raise ValueError(
+            f"timesteps {timesteps}: an LCM scheduler visits {found.timesteps.tolist()} in {len(timesteps)} steps; "
+            "needed evenly spaced ones"
+        )
+    return found
+
+
 def student_pipeline(teacher: DiffusionPipeline, student: nn.Module, scheduler) -> DiffusionPipeline:
     """The teacher's pipeline with the student's network and the scheduler; all else is shared, not copied."""
     pipeline = copy.copy(teacher)
@@ -76,12 +111,13 @@ def save_pipeline(
     facts: dict,
     *,
     card: str | None = None,
+    dtype: torch.dtype = torch.float16,
     frozen_parts: str | Path | None = None,
 ) -> None:
     """Write a pipeline folder that plain diffusers opens, replacing `folder` only once everything is written.
 
     Args:
-        pipeline: its UNet is saved as float16, its scheduler as it is.
+        pipeline: its UNet is saved in `dtype`, its scheduler as it is.
         folder: an existing pipeline folder is replaced; anything else that is not empty raises.
         facts: what it was trained with and how to sample it, as `fastdistill.json` beside `model_index.json`.
         card: the model card, Markdown, as `README.md`.
@@ -90,9 +126,11 @@ def save_pipeline(
 
     Raises:
         FileExistsError: `folder` holds something else.
+        ValueError: a weight that is finite, but not in `dtype`.
     """
     folder = Path(folder)
     check_output_folder(folder)
+    unet = _cast(pipeline.unet, dtype)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
         fresh = Path(scratch) / folder.name
@@ -101,7 +139,6 @@ def save_pipeline(
             shutil.rmtree(fresh / "unet")
         else:
             _copy_frozen_parts(pipeline, Path(frozen_parts), fresh)
-        unet = copy.deepcopy(pipeline.unet).half().to(memory_format=torch.contiguous_format)
         unet.save_pretrained(fresh / "unet", safe_serialization=True)
         pipeline.scheduler.save_pretrained(fresh / "scheduler")
         for config in (fresh / "unet" / "config.json", fresh / "scheduler" / "scheduler_config.json"):
@@ -137,6 +174,29 @@ def weights_digest(network: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def _cast(network: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy in `dtype`, in the plain order of memory.
+
+    Raises:
+        ValueError: a tensor that overflows, named, with its largest value.
+    """
+    cast = nn.Module.to(copy.deepcopy(network), dtype).to(memory_format=torch.contiguous_format)
+    before = network.state_dict()
+    for name, tensor in cast.state_dict().items():
+        if not tensor.isfinite().all():
+            largest = before[name].abs().max().item()
+            name_of = str(dtype).removeprefix("torch.")
+            raise ValueError(
+                f"the student's {name} cannot be saved as {name_of}: it holds {largest:g}, and {name_of} ends at "
+                f"{torch.finfo(dtype).max:g}; export it as {_wider(dtype)}"
+            )
+    return cast
+
+
+def _wider(dtype: torch.dtype) -> str:
+    return "bfloat16 or float32" if dtype == torch.float16 else "float32"
+
+
 def _copy_frozen_parts(pipeline: DiffusionPipeline, source: Path, target: Path) -> None:
     target.mkdir(parents=True)
     for part in source.iterdir():
@@ -144,5 +204,6 @@ def _copy_frozen_parts(pipeline: DiffusionPipeline, source: Path, target: Path) 
             shutil.copytree(part, target / part.name)
     index = json.loads((source / "model_index.json").read_text(encoding="utf-8"))
     index.pop("_name_or_path", None)
-    index["scheduler"] = ["diffusers", type(pipeline.scheduler).__name__]
+    for part in ("unet", "scheduler"):  # which may be of another class than the teacher's
+        index[part] = list(pipeline.config[part])
     (target / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

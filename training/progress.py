@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from .method import Method
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,7 @@ class TrainingProgress:
         best: the update after which the first figure was lowest, None before the first validation.
         peak_bytes: the most memory that tensors had on the device so far; None on a CPU, which does not count it.
         student: the network that would be delivered now, in evaluation mode. Look, but do not change it.
+        method: that is running, to ask how its student is sampled.
     """
 
     stage: str
@@ -41,6 +46,7 @@ class TrainingProgress:
     validated: int | None = None
     best: int | None = None
     peak_bytes: int | None = None
+    method: Method | None = None
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ class Teacher:
     """A text-to-image pipeline like Stable Diffusion 1, 2 or XL, frozen and float32, its UNet channels last.
 
     Args:
-        source: a bundled name, a pipeline folder, or a loaded diffusers pipeline.
+        source: a bundled name, a pipeline folder, a loaded diffusers pipeline, or another `Teacher`.
         device: to compute on; None leaves the pipeline where it is (the CPU for a name or a folder).
 
     Attributes:
@@ -40,7 +40,9 @@ class Teacher:
         self, source: str | Path | DiffusionPipeline | Teacher, device: str | torch.device | None = None
     ) -> None:
         self.folder: Path | None = None
-        if isinstance(source, (str, Path)):
+        if isinstance(source, Teacher):
+            self.folder, source = source.folder, source.pipeline
+        elif isinstance(source, (str, Path)):
             from fastdistill.models import load_pipeline, resolve_model
 
             self.folder = resolve_model(source)

@@ -82,12 +82,15 @@ class Trainer:
     def run(self, callback: Callable[[TrainingProgress], bool | None] | None = None) -> Run:
         """Train until `config.updates` updates of the student are tried, the callback says so, or a signal comes.
 
+        A callback that has `begin` or `end` has them called too: before the first update, and with what is delivered.
+
         Raises:
             GradientContractError: before the first update, if a loss term would move another role than its own.
             Diverged: more than `config.most_skipped` updates of a role were left out.
             CheckpointError: the last checkpoint could not be written.
         """
         self._check_contract()
+        self._tell(callback, "begin")
         ended = "finished"
         with Interruption(kept=self.folder is not None) as interruption:
             while self.updaters[self.student].attempts < self.config.updates:
@@ -106,9 +109,15 @@ class Trainer:
         self.save()
         if self.config.deliver == "best" and self.validation.average is not None:
             self.average.network.load_state_dict(self.validation.average)
+        self._tell(callback, "end")
         found = self.validation
         losses = self._read_losses()
         return Run(self.average.network, self._updates(), self.seconds, losses, ended, found.figures, found.best)
+
+    def _tell(self, callback: object, moment: str) -> None:
+        told = getattr(callback, moment, None)
+        if told is not None:
+            told(self.progress())
 
     def iterate(self) -> None:
         """One iteration: every turn that is due, on the same micro-batches."""
@@ -208,6 +217,7 @@ class Trainer:
             self.validation.update,
             self.validation.best,
             torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+            self.method,
         )
 
     @property
@@ -295,7 +305,8 @@ class Trainer:
         return {role: updater.updates for role, updater in self.updaters.items()}
 
     def _read_losses(self) -> dict[str, float]:
-        return {name: float(value) for name, value in self.losses.items()}
+        of_data = getattr(self.data, "figures", dict)()
+        return {name: float(value) for name, value in self.losses.items()} | of_data
 
     def _identity(self) -> dict[str, Any]:
         """What a checkpoint must agree with."""

@@ -71,6 +71,12 @@ def read_features(path: Path, size: int = 8) -> Tensor:
     return as_features(str(path), _array(path))
 
 
+def picture_features(picture: Image.Image, size: int) -> Tensor:
+    """(D,) float64: what `read_features` reads of one picture."""
+    small = picture.convert("RGB").resize((size, size), Image.Resampling.BOX)
+    return torch.from_numpy(np.asarray(small, dtype=np.float64)).flatten() / 127.5 - 1
+
+
 def _array(path: Path) -> np.ndarray:
     try:
         content = np.load(path)
@@ -88,7 +94,6 @@ def _array(path: Path) -> np.ndarray:
 def _pixels(file: Path, size: int) -> Tensor:
     try:
         with Image.open(file) as picture:
-            small = picture.convert("RGB").resize((size, size), Image.Resampling.BOX)
+            return picture_features(picture, size)
     except (UnidentifiedImageError, OSError) as error:
         raise ValueError(f"{file}: not a picture that can be read: {error}") from error
-    return torch.from_numpy(np.asarray(small, dtype=np.float64)).flatten() / 127.5 - 1

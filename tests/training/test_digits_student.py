@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from fastdistill.training import DMDConfig
 from fastdistill.training.digits import digits_card, digits_prompts
 from fastdistill.training.pipelines import weights_digest
+from fastdistill.training.run import command, run_of
 
 from fastdistill.models import load_pipeline, resolve_model
 from fastdistill.models.digits import metrics
@@ -71,8 +71,13 @@ def test_the_facts_beside_the_weights_are_those_of_the_bundled_teacher(facts):
     assert facts["prompts"] == len(digits_prompts())
 
 
-def test_the_documented_command_has_the_settings_it_was_made_with(facts):
-    config = DMDConfig(**facts["config"])
+def test_the_documented_command_is_the_run_it_was_made_by(facts):
     card = (resolve_model("digits-dmd") / "README.md").read_text()
-    command = next(line for line in digits_card("digits-dmd", config).splitlines() if "fastdistill.training" in line)
-    assert command in card
+    assert f"\n{command(run_of(facts), out='digits-dmd')}\n" in card
+
+
+def test_the_card_of_a_new_student_says_what_the_bundled_ones_say(facts):
+    card = digits_card("digits-dmd", command(run_of(facts), out="digits-dmd"), facts)
+    for text in ("arXiv 2311.18828", "num_inference_steps=1", "CC BY 4.0", "<!-- figures: begin"):
+        assert text in card
+    assert "takes one step from pure noise at t = 999" in " ".join(card.split())

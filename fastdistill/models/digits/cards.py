@@ -125,10 +125,10 @@ def teacher_card() -> str:
     )
 
 
-def student_card(name: str, summary: str, command: str, method: str) -> str:
-    """Markdown of the card of a one-step student: `summary` and `method` are sentences, `command` trains it."""
+def student_card(name: str, summary: str, command: str, method: str, steps: int = 1) -> str:
+    """Markdown of the card of a student of `steps` steps: `summary` and `method` are sentences, `command` trains it."""
     return _CARD.format(
-        name=name, summary=summary, steps=1, command=command, method=method, data=_DATA, begin=BEGIN, end=END
+        name=name, summary=summary, steps=steps, command=command, method=method, data=_DATA, begin=BEGIN, end=END
     )
 
 

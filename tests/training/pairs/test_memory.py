@@ -7,7 +7,7 @@ from fastdistill.training.networks import conversion_point, predict_guided
 
 from fastdistill import diffusion
 
-from .toys import CONDITIONS, TARGET_MEAN, TARGET_STD, GaussianNetwork, gaussian_teacher
+from ..toys import CONDITIONS, TARGET_MEAN, TARGET_STD, GaussianNetwork, gaussian_teacher
 
 
 def exact_first_step(network):

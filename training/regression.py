@@ -1,0 +1,102 @@
+"""The regression term: how far the student's one step is from where the teacher's ODE carries the same noise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastdistill.diffusion import Schedule
+from fastdistill.losses import LPIPS
+
+from .condition import Condition
+from .config import require
+from .method import Losses, Method, Step, Turn
+from .networks import conversion_point, predict_data
+from .teacher import Teacher
+
+REGRESSIONS = ("l2", "pixel_l2", "lpips")
+
+Distance = Callable[[Tensor, Tensor], Tensor]
+
+
+class RegressionConfig(Protocol):
+    """The fields of a configuration that has a regression term."""
+
+    regression: str
+    lpips_backbone: str | None
+    lpips_heads: str | None
+
+
+def regression_distance(config: RegressionConfig, teacher: Teacher) -> Distance:
+    """A function of samples and their targets, each (B, ...), that gives a scalar; no gradient reaches the targets.
+
+    "l2" is the mean squared error of the samples as they are (latents), "pixel_l2" that of the images that the teacher
+    decodes them to, "lpips" the perceptual distance of these images (arXiv 1801.03924), which is DMD's.
+
+    Raises:
+        ValueError, TypeError, FileNotFoundError, ImportError: files that LPIPS cannot use.
+    """
+    if config.regression == "l2":
+        return F.mse_loss
+    distance = F.mse_loss
+    if config.regression == "lpips":
+        # VGG's activations at 512 px are larger than the UNet's: its stages are computed again in the backward.
+        lpips = LPIPS(config.lpips_backbone, config.lpips_heads, no_grad="y", checkpoint=True)
+        distance = lpips.to(teacher.device)
+
+    def of_images(x: Tensor, target: Tensor) -> Tensor:
+        with torch.no_grad():
+            target = teacher.decode(target)
+        return distance(teacher.decode(x), target).mean()
+
+    return of_images
+
+
+def check_regression(config: RegressionConfig) -> None:
+    """Raise a ValueError for an unknown kind, or for LPIPS without its backbone."""
+    known = ", ".join(REGRESSIONS)
+    require("regression", config.regression, config.regression in REGRESSIONS, f"one of {known}")
+    if config.regression == "lpips" and config.lpips_backbone is None:
+        raise ValueError('regression "lpips" needs lpips_backbone, "vgg16" or the path of its weights; got None')
+
+
+class Regression(Method):
+    """The regression term alone: a student that imitates the ODE in one step, and starts DMD2's distillation.
+
+    Each batch has a `pair_noise`, its `pair_sample` and its `pair_condition`.
+
+    Args:
+        student: trained here, in place.
+        schedule, prediction_type: the teacher's.
+        start: the timestep at which the student is called, its input being unit noise.
+        distance: see `regression_distance`.
+    """
+
+    name = "regression"
+
+    def __init__(
+        self, student: nn.Module, schedule: Schedule, prediction_type: str, start: int, distance: Distance = F.mse_loss
+    ) -> None:
+        self.roles = {"student": student.train().requires_grad_(True)}
+        self.turns = (Turn("student"),)
+        self.prediction_type = prediction_type
+        self.start = start
+        schedule = schedule.to(next(student.parameters()).device)
+        self.start_point = conversion_point(schedule, start, prediction_type)
+        self.distance = distance
+
+    def losses(self, role: str, step: Step) -> Losses:
+        batch = step.batch
+        x = self.generate(batch["pair_noise"], batch["pair_condition"])
+        return Losses({"regression": self.distance(x, batch["pair_sample"])})
+
+    def facts(self) -> dict:
+        return {"prediction_type": self.prediction_type, "student_timestep": self.start}
+
+    def generate(self, noise: Tensor, condition: Condition) -> Tensor:
+        """The student's one step: noise (B, ...) and its condition to a sample of the data (B, ...)."""
+        return predict_data(self.roles["student"], noise, self.start, condition, self.start_point, self.prediction_type)

@@ -1,0 +1,76 @@
+"""Samples of a student as it stands, and of its teacher: the same noise every time, no other random number touched."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .pipelines import student_pipeline
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+
+def sampler_of(
+    teacher: DiffusionPipeline, student: nn.Module | None = None, scheduler: Any = None
+) -> DiffusionPipeline:
+    """A quiet pipeline with the teacher's other parts, which are shared, and without safety checker and watermark.
+
+    Args:
+        teacher: a text-to-image pipeline.
+        student, scheduler: None takes the teacher's own network, and a copy of its scheduler.
+    """
+    pipeline = student_pipeline(
+        teacher,
+        teacher.unet if student is None else student,
+        copy.deepcopy(teacher.scheduler) if scheduler is None else scheduler,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    if getattr(pipeline, "safety_checker", None) is not None:
+        pipeline.register_modules(safety_checker=None)
+    if getattr(pipeline, "watermark", None) is not None:
+        pipeline.watermark = None
+    return pipeline
+
+
+@torch.no_grad()
+def sample(
+    pipeline: DiffusionPipeline,
+    prompts: Sequence[str],
+    *,
+    steps: int,
+    guidance_scale: float = 1.0,
+    seed: int = 0,
+    batch_size: int = 50,
+) -> Tensor:
+    """Images (N, 3, H, W) float32 in [-1, 1] on the CPU, one of each prompt.
+
+    Args:
+        pipeline: of the kind of Stable Diffusion 1, 2 or XL, on its device.
+        steps, guidance_scale: how it is sampled; 1.0 is no guidance.
+        seed: of the noise. Image i starts from the same noise for every pipeline of this latent shape, and number of
+            steps. Schedulers that draw more numbers draw from a generator of their own.
+        batch_size: images made at once.
+    """
+    unet = pipeline.unet
+    side = unet.config.sample_size
+    height, width = (side, side) if isinstance(side, int) else side
+    shape = (len(prompts), unet.config.in_channels, height, width)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(unet.device, unet.dtype)
+    images = []
+    for first in range(0, len(prompts), batch_size):
+        images += pipeline(
+            list(prompts[first : first + batch_size]),
+            num_inference_steps=steps,
+            guidance_scale=guidance_scale,
+            latents=noise[first : first + batch_size],
+            height=height * pipeline.vae_scale_factor,
+            width=width * pipeline.vae_scale_factor,
+            generator=torch.Generator().manual_seed(seed * 1_000_003 + first + 1),
+            output_type="pt",
+        ).images
+    return torch.stack(images).float().cpu() * 2 - 1
