@@ -11,7 +11,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from .report import groups, limits_of, missing
+from .report import groups, limits_of, missing, notes
 from .rows import RESULTS, Row, read_jsonl
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,6 +49,9 @@ def _section(name: str, measured: Sequence[tuple[Row, Mapping[str, object]]]) ->
     absent = missing([row for row, _ in measured])
     if absent:
         lines += ["", "Not measured:", "", *(f"- {line}" for line in absent)]
+    noted = notes(rows)
+    if noted:
+        lines += ["", "Notes:", "", *(f"- {line}" for line in noted)]
     return "\n".join(lines) + "\n"
 
 

@@ -1,154 +1,181 @@
-"""One DMD update of the bundled digits, student and fake score, against the same update written plainly."""
+"""One update of each training method on the bundled digits, against the same update written plainly.
+
+An update is one turn of every role, optimisers and the student's average included. The turns have rows of their own.
+"""
 
 from __future__ import annotations
 
-import copy
-import itertools
+import gc
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from fastdistill.training import (
-    DMD,
-    Condition,
+    ADDConfig,
+    Data,
+    DMD2Config,
     DMDConfig,
     Draws,
-    PromptData,
+    InstaFlowConfig,
+    LatentData,
+    MethodConfig,
+    ReflowConfig,
     RoleConfig,
+    Setup,
+    Stage,
     Teacher,
-    Trainer,
     TrainerConfig,
 )
-from fastdistill.training.config import role_configs
 from fastdistill.training.contract import nudged
 from torch import Tensor, nn
 
-from fastdistill import diffusion
-from fastdistill.diffusion import Schedule
-from fastdistill.models import load_pipeline
-
 from . import accuracy, usage
 from .gpu import Gpu
+from .plain_training import Clock, LossesByRole, PlainUpdate, TrainerUpdate, WrittenOutDMD
 from .rows import Key, Row
 from .runner import Job
-from .timing import Speed, time_pairs
+from .timing import PairTimes, Speed, time_pairs
 from .usage import Usage
 
 NAME = "training"
 MODEL = "digits-teacher"
 BASELINE = "torch"
-_BATCH = 16
-_LEARNING_RATE = 1e-6  # the networks stay where they are while they are timed
-_ROLE = RoleConfig(_LEARNING_RATE, beta1=0.0)
-_CONFIG = DMDConfig(
-    TrainerConfig(batch_size=_BATCH), student=_ROLE, fake_score=_ROLE, critic_ratio=1, regression_weight=0.0
-)
+BATCH = 16
+_IMAGES = 64  # real ones, that are encoded once
+_TRAINER = TrainerConfig(batch_size=BATCH)
+_ROLE = RoleConfig(1e-6, beta1=0.0)  # the networks stay where they are while they are timed
+_PAIRS = {"pairs": BATCH, "pair_steps": 2}  # of one step the student knows the ends already
 
-Losses = dict[str, Tensor]
+
+@dataclass(frozen=True)
+class Case:
+    """A method, and with whom its update is compared.
+
+    Attributes:
+        config: of one update of each role per iteration.
+        roles: in the order of their turns.
+        usual: updates of each role per update of the student, by the method's defaults.
+    """
+
+    config: MethodConfig
+    roles: tuple[str, ...] = ("student",)
+    usual: tuple[int, ...] = (1,)
+    plain: Callable[[Stage, Clock], Callable[[], LossesByRole]] = PlainUpdate
+
+
+_SCORES = ("student", "fake_score")
+_FLOW = ReflowConfig(_TRAINER, student=_ROLE, straightness_samples=0, **_PAIRS)
+_DIRECT = ReflowConfig(rectifications=0, straightness_samples=0, **_PAIRS)
+
+CASES: dict[str, Case] = {
+    "dmd": Case(
+        DMDConfig(_TRAINER, student=_ROLE, fake_score=_ROLE, critic_ratio=1, regression_weight=0.0),
+        _SCORES,
+        (1, DMDConfig().critic_ratio),
+        WrittenOutDMD,
+    ),
+    "dmd2": Case(
+        DMD2Config(_TRAINER, student=_ROLE, fake_score=_ROLE, critic_ratio=1), _SCORES, (1, DMD2Config().critic_ratio)
+    ),
+    "add": Case(ADDConfig(_TRAINER, student=_ROLE, discriminator=_ROLE), ("student", "discriminator"), (1, 1)),
+    "reflow": Case(_FLOW),
+    # The update of the distillation; which flow made its pairs makes no difference to the time.
+    "instaflow": Case(InstaFlowConfig(_TRAINER, student=_ROLE, reflow=_DIRECT)),
+}
 
 
 def jobs(device: str, pairs: int, gpu: Gpu | None = None) -> list[Job]:
-    """One row: float32, a batch of 16, one student and one fake-score update, optimisers included."""
-    key = Key(NAME, f"{MODEL} x{_BATCH}", "dmd update", "float32", "-", "-", device, "fastdistill")
-    return [Job((key,), BASELINE, lambda: _rows(key, device, pairs, gpu))]
+    """Per method a row of its update and one of each turn: float32, a batch of 16."""
+    return [
+        Job(keys, BASELINE, lambda method=method, keys=keys: _rows(method, keys, device, pairs, gpu))
+        for method, keys in ((method, _keys(method, device)) for method in CASES)
+    ]
 
 
-def _rows(key: Key, device: str, pairs: int, gpu: Gpu | None) -> Iterator[Row]:
-    ours, plain, exact = _ours(device), _plain(device, torch.float32), _plain(device, torch.float64)
-    errors = accuracy.compare(ours(), plain(), {name: t.double() for name, t in exact().items()}, torch.float32)
-    del exact
-    times = time_pairs([_synchronised(ours, gpu)], [_synchronised(plain, gpu)], pairs, clock=time.perf_counter_ns)
-    first = _ours(device)  # its update makes gradients and optimiser states, which count
+def _keys(method: str, device: str) -> tuple[Key, ...]:
+    turns = [f"{method} {role} turn" for role in CASES[method].roles] if len(CASES[method].roles) > 1 else []
+    return tuple(
+        Key(NAME, f"{MODEL} x{BATCH}", mode, "float32", "-", "-", device, "fastdistill")
+        for mode in (f"{method} update", *turns)
+    )
+
+
+def _rows(method: str, keys: tuple[Key, ...], device: str, pairs: int, gpu: Gpu | None) -> Iterator[Row]:
+    case, clocks = CASES[method], [Clock() if gpu is None else Clock(gpu.synchronize) for _ in range(2)]
+    ours, plain = (make(stage_of(method, device), clock) for make, clock in zip((TrainerUpdate, case.plain), clocks))
+    errors = _errors(ours(), plain(), case.plain(stage_of(method, device, torch.float64), Clock())())
+    times = time_pairs([ours], [plain], pairs, clock=time.perf_counter_ns)
+    turns = {role: _turn(*clocks, role, pairs) for role in case.roles}
+    del ours, plain
+    gc.collect()  # the memory of others shall not be freed while this one's is counted
+    first = TrainerUpdate(stage_of(method, device), Clock())  # its update makes gradients and optimiser states
     used = usage.on_cpu(first) if gpu is None else Usage(gpu.peak_bytes(first))
-    yield Row(key, BASELINE, Speed.of(times), errors, usage=used)
+    update, *others = keys
+    note = _shares(method, case, turns) if others else ""
+    yield Row(update, BASELINE, Speed.of(times), accuracy.worst(errors.values()), usage=used, note=note)
+    for key, role in zip(others, case.roles):
+        yield Row(key, BASELINE, turns[role], errors[role])
 
 
-def _synchronised(update: Callable[[], Losses], gpu: Gpu | None) -> Callable[[], object]:
-    def run() -> None:
-        update()
-        if gpu is not None:
-            gpu.synchronize()
-
-    return run
+def _turn(ours: Clock, plain: Clock, role: str, pairs: int) -> Speed:
+    """Of the last updates, which are those that were timed in pairs."""
+    return Speed.of(PairTimes(*(tuple(map(float, clock.turns[role][-pairs:])) for clock in (ours, plain))))
 
 
-def _ours(device: str) -> Callable[[], Losses]:
-    teacher, schedule, condition = _teacher(device, torch.float32)
-    teacher.to(memory_format=torch.channels_last)  # as `fastdistill.training.distill` does
-    dmd = DMD(teacher, schedule, "v_prediction", _CONFIG)
-    _nudge(dmd.fake_score)
-    trainer = Trainer(dmd, PromptData(condition, _sample_shape(teacher)), _CONFIG.trainer, role_configs(_CONFIG))
-
-    def update() -> Losses:
-        trainer.iterate()
-        return {name: trainer.losses[name] for name in ("dmd", "fake_score")}
-
-    return update
+def _shares(method: str, case: Case, turns: dict[str, Speed]) -> str:
+    spent = {role: count * turns[role].ours_us for role, count in zip(case.roles, case.usual)}
+    total = sum(spent.values())
+    parts = [
+        f"{count} {role} turn{'s' if count > 1 else ''} {100 * spent[role] / total:.0f} %"
+        for role, count in zip(case.roles, case.usual)
+    ]
+    return f"{method}, a student update and the others' turns that go with it by default: {', '.join(parts)}"
 
 
-def _plain(device: str, dtype: torch.dtype) -> Callable[[], Losses]:
-    """The paper's two updates (arXiv 2311.18828, equations 6 to 8) as one would first write them."""
-    teacher, schedule, condition = _teacher(device, dtype)
-    student, fake_score = (copy.deepcopy(teacher).requires_grad_(True) for _ in range(2))
-    _nudge(fake_score)
-    teacher.requires_grad_(False)
-    settings = {"lr": _LEARNING_RATE, "betas": (_ROLE.beta1, _ROLE.beta2), "weight_decay": _ROLE.weight_decay}
-    optimizers = [torch.optim.AdamW(network.parameters(), **settings) for network in (student, fake_score)]
-    average = [p.detach().clone() for p in student.parameters()]
-    steps = len(schedule)
-    low, high = int(_CONFIG.min_timestep * steps), int(_CONFIG.max_timestep * steps) + 1
-
-    data = PromptData(condition, _sample_shape(teacher))
-    iterations = itertools.count()
-
-    def diffuse(x: Tensor, low: int, high: int, draws: Draws) -> tuple[Tensor, ...]:
-        t = draws.randint(low, high)
-        noise = draws.randn(*x.shape[1:]).to(x)
-        alpha, sigma = (value.to(x).reshape(-1, 1, 1, 1) for value in schedule.at(t))
-        return alpha * x + sigma * noise, t, alpha, sigma, noise
-
-    def apply(network: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(network.parameters(), _ROLE.max_grad_norm)
-        optimizer.step()
-
-    def update() -> Losses:
-        # The numbers that the trainer draws in this iteration.
-        draws = Draws(_CONFIG.trainer.seed, next(iterations), 0, batch_size=_BATCH, device=device)
-        noise, condition = data.batch(0, draws.fork("data")).values()
-        last = torch.full((len(noise),), steps - 1, device=noise.device)
-        alpha, sigma = (value.to(noise) for value in schedule.at(steps - 1))
-        x = alpha * noise - sigma * student(noise, last, condition.states).sample
-        with torch.no_grad():
-            x_t, t, alpha, sigma, _ = diffuse(x, low, high, draws.fork("student"))
-            real = alpha * x_t - sigma * teacher(x_t, t, condition.states).sample
-            fake = alpha * x_t - sigma * fake_score(x_t, t, condition.states).sample
-            gradient = (fake - real) / (x - real).abs().mean(dim=(1, 2, 3), keepdim=True)
-        loss = 0.5 * F.mse_loss(x, (x - gradient).detach())
-        apply(student, optimizers[0], loss)
-        with torch.no_grad():
-            torch._foreach_lerp_(average, list(student.parameters()), 1 - _CONFIG.trainer.ema_decay)
-
-        x_t, t, alpha, sigma, noise = diffuse(x.detach(), 0, steps, draws.fork("fake_score"))
-        fake_loss = F.mse_loss(fake_score(x_t, t, condition.states).sample, alpha * noise - sigma * x.detach())
-        apply(fake_score, optimizers[1], fake_loss)
-        return {"dmd": loss.detach(), "fake_score": fake_loss.detach()}
-
-    return update
+def _errors(ours: dict[str, Tensor], plain: LossesByRole, exact: LossesByRole) -> dict[str, accuracy.Accuracy]:
+    """Of the losses of the first update, by role."""
+    return {
+        role: accuracy.compare(ours, plain[role], {name: t.double() for name, t in terms.items()}, torch.float32)
+        for role, terms in exact.items()
+    }
 
 
-def _teacher(device: str, dtype: torch.dtype) -> tuple[nn.Module, Schedule, Condition]:
-    """The UNet, its schedule, and the conditions of a batch of prompts."""
-    pipeline = load_pipeline(MODEL, dtype=torch.float32).to(device)
-    condition = Teacher(pipeline).encode(["a handwritten seven"] * _BATCH).to(dtype)
-    schedule = diffusion.from_scheduler(pipeline.scheduler).to(torch.device(device))
-    return nn.Module.to(pipeline.unet, dtype), schedule, condition  # diffusers' own `to` warns, here for nothing
+def stage_of(method: str, device: str, dtype: torch.dtype = torch.float32) -> Stage:
+    """The first stage of a method on the digits, all of its networks and batches in `dtype`."""
+    teacher = Teacher(MODEL, device)
+    conditions, images = _digits(teacher)
+    setup = Setup(teacher, tuple(map(str, range(10))), conditions, images)
+    stage = next(CASES[method].config.stages(setup))
+    if "fake_score" in stage.method.roles:
+        _nudge(stage.method.roles["fake_score"])
+    if dtype == torch.float32:
+        return stage
+    for network in (*stage.method.roles.values(), teacher.pipeline.vae):
+        nn.Module.to(network, dtype)  # diffusers' own `to` warns, here for nothing
+    return Stage(stage.name, stage.method, _In(stage.data, dtype), stage.trainer, stage.roles)
 
 
-def _sample_shape(network: nn.Module) -> tuple[int, int, int]:
-    return network.config.in_channels, network.config.sample_size, network.config.sample_size
+def _digits(teacher: Teacher) -> tuple[Any, LatentData]:
+    from fastdistill.models.digits.data import load_digits
+    from fastdistill.models.digits.text import prompt
+
+    digits = load_digits()
+    conditions = teacher.encode([prompt(digit) for digit in range(10)])
+    images = digits.images[:_IMAGES].expand(-1, 3, -1, -1).to(teacher.device).contiguous()
+    captions = digits.labels[:_IMAGES, None].to(teacher.device)
+    return conditions, LatentData(teacher.encode_images(images), conditions, captions, images=images)
+
+
+class _In:
+    """Data whose batches are in a dtype."""
+
+    def __init__(self, data: Data, dtype: torch.dtype) -> None:
+        self.data, self.dtype = data, dtype
+
+    def batch(self, first: int, draws: Draws) -> dict[str, Any]:
+        return {name: value.to(self.dtype) for name, value in self.data.batch(first, draws).items()}
 
 
 def _nudge(network: nn.Module) -> None:

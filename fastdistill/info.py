@@ -28,7 +28,8 @@ def collect() -> dict:
     Keys: `versions` (package to version, None where it is not installed; `cuda` is the one that torch was built for,
     `driver` the NVIDIA driver), `machine` (see `machine`), `gpus` (name, compute capability, memory in bytes),
     `libraries` (per compiled library: path, loaded, detail, problem), `ops` (per op, per backend in order of
-    preference: the reasons why it cannot serve on this machine; none: it can), `models` (bundled name to folder).
+    preference: the reasons why it cannot serve on this machine; none: it can), `models` and `networks` (bundled name to
+    folder; networks are no pipelines).
     """
     from fastdistill import _native, models, ops  # noqa: F401  (ops registers every op)
     from fastdistill.ops import _dispatch
@@ -43,6 +44,7 @@ def collect() -> dict:
             for name, op in sorted(_dispatch.ops().items())
         },
         "models": {name: str(folder) for name, folder in models.bundled_models().items()},
+        "networks": {name: str(folder) for name, folder in models.bundled_networks().items()},
     }
 
 
@@ -68,7 +70,7 @@ def render(info: dict) -> Group:
         _two_columns("Machine", _machine_lines(info)),
         _two_columns("Compiled libraries", {name: _library_lines(entry) for name, entry in info["libraries"].items()}),
         _backends(info["ops"]),
-        _two_columns("Bundled models", info["models"] or {"none": "this installation carries no models"}),
+        _two_columns("Bundled models", info["models"] | info["networks"] or {"none": "this installation carries none"}),
     )
 
 

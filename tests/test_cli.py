@@ -178,6 +178,7 @@ def test_info_as_json_says_what_the_registry_says(run):
         name: {backend.name: backend.available() for backend in op.backends} for name, op in _dispatch.ops().items()
     }
     assert facts["models"].keys() == bundled_models().keys()
+    assert facts["networks"].keys() == {"digits-vit"}
 
 
 def test_info_says_where_a_library_is_and_why_one_is_not_there(run, monkeypatch, tmp_path):

@@ -38,8 +38,9 @@ class Features(NamedTuple):
 class FeatureNetwork(nn.Module):
     """Images (B, 3, H, W) in [-1, 1] to `Features`, differentiable in the images; nothing in it ever trains.
 
-    It stays in evaluation mode whatever `train()` says, its parameters need no gradient, and a call changes no buffer.
-    Images of another size are resized to the network's (bilinear, antialiased), and normalised with its statistics.
+    Its parameters need no gradient, and it stays in evaluation mode whatever `train()` says, so that nothing is
+    computed twice and no buffer changes. Images of another size are resized to the network's (bilinear, antialiased),
+    and normalised with its statistics.
 
     Args:
         vit: the transformer, which is frozen here.
@@ -80,8 +81,8 @@ class FeatureNetwork(nn.Module):
         self.width, self.widths, self.size = width, (width,) * len(self.layers), size
         self.register_buffer("mean", _per_channel("mean", mean), persistent=False)
         self.register_buffer("std", _per_channel("std", std), persistent=False)
-        if hasattr(vit, "gradient_checkpointing_disable"):
-            vit.gradient_checkpointing_disable()
+        if hasattr(vit, "set_grad_checkpointing"):  # timm's; transformers' is off in evaluation mode
+            vit.set_grad_checkpointing(False)
         self.eval()
 
     def train(self, mode: bool = True) -> FeatureNetwork:
@@ -261,6 +262,8 @@ def _side(facts: dict[str, Any]) -> int | None:
 
 
 def _of_transformers(vit: nn.Module, processor: _Processor, given: dict[str, Any]) -> FeatureNetwork:
+    base = getattr(vit, "base_model", vit)
+    vit = vit if _class_token(base) is None else base  # without a classifier's head; DINOv3's base lacks its embeddings
     vit = getattr(vit, "vision_model", vit)  # CLIP's two halves, and in transformers 4 the half itself is wrapped
     config = vit.config
     blocks = _block_finder(vit, config.num_hidden_layers)

@@ -8,6 +8,8 @@ import torch
 from fastdistill.training.features import EMBEDDING, Features, build_features, spread
 from torch import nn
 from transformers import (
+    CLIPConfig,
+    CLIPModel,
     CLIPVisionConfig,
     CLIPVisionModel,
     Dinov2Config,
@@ -19,6 +21,7 @@ from transformers import (
     SiglipVisionConfig,
     SiglipVisionModel,
     ViTConfig,
+    ViTForImageClassification,
     ViTModel,
 )
 
@@ -100,10 +103,8 @@ def test_gradients_reach_the_images_as_through_transformers_itself_and_nothing_e
 
 def test_nothing_in_it_changes_and_it_stays_in_evaluation_mode():
     vit = ViTModel(ViTConfig(**SMALL, hidden_dropout_prob=0.5), add_pooling_layer=False)
-    vit.gradient_checkpointing_enable()
     features = build_features(vit, mean=MEAN, std=STD).train()
     assert not any(module.training for module in features.modules())
-    assert not vit.is_gradient_checkpointing
     before = {name: value.clone() for name, value in features.state_dict().items()}
     images = torch.rand(2, 3, 16, 16)
     first, again = features(images), features(images)
@@ -111,6 +112,17 @@ def test_nothing_in_it_changes_and_it_stays_in_evaluation_mode():
     assert all(torch.equal(a, b) for a, b in zip(first.tokens, again.tokens))
     assert all(torch.equal(value, before[name]) for name, value in features.state_dict().items())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in vit.modules())
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")
+def test_no_block_is_computed_again_in_the_backward_pass():
+    vit = ViTModel(ViTConfig(**SMALL), add_pooling_layer=False)
+    vit.train().gradient_checkpointing_enable()
+    features = build_features(vit, mean=MEAN, std=STD).train()
+    calls = []
+    vit.get_submodule("layers.1").register_forward_pre_hook(lambda *_: calls.append(1))
+    features(torch.rand(2, 3, 16, 16, requires_grad=True)).embedding.sum().backward()
+    assert len(calls) == 1
 
 
 def test_layers_spread_over_the_depth_as_in_the_paper():
@@ -156,6 +168,28 @@ def test_statistics_and_size_of_the_image_processor_beside_the_weights_are_used(
     torch.testing.assert_close(features(images).embedding, given(images).embedding)
 
 
+def test_a_head_and_the_other_half_of_clip_are_left_aside(tmp_path):
+    images = torch.rand(2, 3, 16, 16) * 2 - 1
+    classifier = ViTForImageClassification(ViTConfig(**SMALL))
+    found = build_features(classifier, mean=MEAN, std=STD)(images)
+    torch.testing.assert_close(found.embedding, build_features(classifier.vit, mean=MEAN, std=STD)(images).embedding)
+
+    text = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    clip = CLIPModel(CLIPConfig(text_config=text, vision_config=SMALL, projection_dim=8)).eval()
+    clip.save_pretrained(tmp_path)
+    for features in (build_features(source, mean=MEAN, std=STD) for source in (tmp_path, clip)):
+        tokens, embedding = expected_of(clip.vision_model, features, images)
+        found = features(images)
+        torch.testing.assert_close(found.tokens[-1], tokens)
+        torch.testing.assert_close(found.embedding, embedding)
+
+
+def expected_of(vision, features, images):
+    output = vision(pixel_values=features.pixels(images), output_hidden_states=True)
+    state = output.hidden_states[-1]
+    return (state[:, 1:] + state[:, :1]).transpose(1, 2), output.pooler_output
+
+
 def test_the_bundled_network_sees_digits_as_plain_transformers_does():
     from transformers import AutoModel
 
@@ -168,7 +202,7 @@ def test_the_bundled_network_sees_digits_as_plain_transformers_does():
     output = plain(pixel_values=images, output_hidden_states=True)
     assert [t.shape for t in tokens] == [(4, 64, 64)] * 5
     torch.testing.assert_close(embedding, output.last_hidden_state[:, 0])
-    torch.testing.assert_close(tokens[-1], (output.hidden_states[6][:, 1:] + output.hidden_states[6][:, :1]).mT)
+    torch.testing.assert_close(tokens[-1], (output.hidden_states[-1][:, 1:] + output.hidden_states[-1][:, :1]).mT)
 
 
 def test_a_user_may_give_a_module_that_already_makes_features():

@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from fastdistill import _output
 from fastdistill.models import resolve_model
 
-from ..digits import digits_prompts
+from ..run import chosen_device, read_prompts
 from ..solvers import SOLVERS, check_solver
 from ..teacher import Teacher
 from . import generation, inspection, verification
@@ -67,7 +67,7 @@ def generate(
     """Make a set, or go on with one. Any number of processes may do so at once; SIGTERM ends one after its shard."""
     with _one_line_errors():
         part = _part(shard)
-        lines = _prompts(prompts)
+        lines = read_prompts(prompts)
         check_solver(solver)
         _choice("--noise", noise, ("stored", "seed"))
         _choice("--dtype", dtype, DTYPES)
@@ -156,31 +156,9 @@ def _part(shard: str | None) -> tuple[int, int]:
     return int(index) - 1, int(parts)
 
 
-def _prompts(source: str) -> list[str]:
-    if source == "digits":
-        return digits_prompts()
-    try:
-        lines = [line.strip() for line in Path(source).read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8"
-        raise ValueError(
-            f'--prompts {source}: {reason}; needed a text file with one prompt a line, or "digits"'
-        ) from error
-    if not any(lines):
-        raise ValueError(f"--prompts {source}: no prompt in this file")
-    return [line for line in lines if line]
-
-
 def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"--device {name}: needed cpu, cuda or cuda:N") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {name}: this torch sees no NVIDIA GPU")
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    return device
+    """Under torchrun "cuda" is each process's own GPU."""
+    return chosen_device(f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" and "LOCAL_RANK" in os.environ else name)
 
 
 def _choice(option: str, value: str, known: tuple[str, ...]) -> None:

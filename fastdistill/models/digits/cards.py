@@ -73,7 +73,7 @@ tags: [digits, tiny]
 
 A vision transformer of handwritten digits: the feature network of ADD's discriminator on the digits.
 
-`ViTForImageClassification` in small: 6 blocks of width 64 over the 64 patches of a 32x32 image, {parameters}
+`ViTForImageClassification` in small: 4 blocks of width 64 over the 64 patches of a 32x32 image, {parameters}
 parameters. Weights are float16 safetensors, opened in float32.
 
 ```python
@@ -91,7 +91,7 @@ features = build_features("digits-vit")  # images (B, 3, 32, 32) in [-1, 1] to t
 {command}
 ```
 
-From nothing, on a CPU, {steps} steps of batch 64: cross-entropy (label smoothing {smoothing}) on the first {shown}
+From nothing, on a CPU, {steps} steps of batch 32: cross-entropy (label smoothing {smoothing}) on the first {shown}
 digits, turned, scaled, moved and partly covered at random.
 
 {data}

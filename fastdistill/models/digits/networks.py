@@ -93,7 +93,7 @@ def build_scheduler():
 
 
 def build_vit():
-    """`ViTForImageClassification` of the ten digits, 0.3 M parameters: 6 blocks of width 64 over 8x8 patches."""
+    """`ViTForImageClassification` of the ten digits, 0.2 M parameters: 4 blocks of width 64 over 8x8 patches."""
     from transformers import ViTConfig, ViTForImageClassification
 
     return ViTForImageClassification(
@@ -101,9 +101,10 @@ def build_vit():
             image_size=IMAGE_SIZE,
             patch_size=4,  # one pixel of the original 8x8 digits
             hidden_size=64,
-            num_hidden_layers=6,
+            num_hidden_layers=4,
             num_attention_heads=4,
             intermediate_size=256,
+            initializer_range=0.1,  # trunc_normal of 0.02 is for wide ones; with it the loss stays where it is at first
             layer_norm_eps=1e-6,
             num_labels=10,
             id2label={digit: str(digit) for digit in range(10)},

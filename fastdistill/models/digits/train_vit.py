@@ -18,8 +18,8 @@ from .folder import check_target, written_whole
 from .networks import IMAGE_SIZE, build_vit
 from .train_vae import warm_up_and_cosine
 
-BATCH = 64
-LEARNING_RATE = 1e-3
+BATCH = 32
+LEARNING_RATE = 2e-3
 LABEL_SMOOTHING = 0.1
 HELD_OUT = 252  # the last ones, which two writers wrote: the order of the labels shows where a writer ends
 
@@ -31,7 +31,7 @@ def train_vit(steps: int = 800, seed: int = 0, log: Callable[[str], None] = prin
     random: what a discriminator's augmentation does to them, its features shall bear.
 
     Args:
-        steps: optimiser steps of 64 images.
+        steps: optimiser steps of 32 images.
         seed: of the weights, the batches and the augmentation.
         log: receives a line now and then.
     """

@@ -115,14 +115,14 @@ def test_parts_by_option_and_by_torchruns_environment_make_one_set(arguments, tm
     ("given", "message"),
     [
         (["--teacher", "no-such-model"], "unknown model 'no-such-model'"),
-        (["--prompts", "missing.txt"], "--prompts missing.txt: No such file"),
+        (["--prompts", "missing.txt"], "prompts missing.txt: No such file"),
         (["--solver", "ddim"], "solver must be one of euler, heun, dpmpp; got 'ddim'"),
         (["--steps", "1001"], "steps must be at most the schedule's 1000; got 1001"),
         (["--shard", "0/3"], "--shard 0/3: needed I/N"),
         (["--shard", "3"], "--shard 3: needed I/N"),
         (["--dtype", "int8"], "--dtype int8: needed one of float32, bfloat16, float16"),
         (["--noise", "lost"], "--noise lost: needed one of stored, seed"),
-        (["--device", "warp"], "--device warp: needed cpu, cuda or cuda:N"),
+        (["--device", "warp"], "device warp: needed cpu, cuda or cuda:N"),
     ],
 )
 def test_bad_input_is_one_clear_line_exit_code_2_and_nothing_written(given, message, arguments, tmp_path):
