@@ -86,20 +86,20 @@ class ADDConfig:
     method: ClassVar[str] = "add"
 
     trainer: TrainerConfig = TrainerConfig(updates=400, batch_size=32, ema_decay=0.98, checkpoint_every=50)
-    student: RoleConfig = RoleConfig(2e-4, beta1=0.0, beta2=0.99, warm_up=20, decay=0.5)
-    discriminator: RoleConfig = RoleConfig(1e-3, beta1=0.0, beta2=0.99, weight_decay=0.0)
+    student: RoleConfig = RoleConfig(1e-4, beta1=0.0, beta2=0.99, warm_up=20, decay=0.5)
+    discriminator: RoleConfig = RoleConfig(5e-3, beta1=0.5, beta2=0.99, weight_decay=0.0, decay=0.5)
     student_every: int = 1
     discriminator_every: int = 1
-    timesteps: tuple[int, ...] = (249, 499, 749, 999)
+    timesteps: tuple[int, ...] = (999,)
     student_init: str = "teacher"
     adversarial_weight: float = 1.0
     heads: str = "mean"
     features: str = "digits-vit"
     feature_timesteps: tuple[int, int] = (20, 980)
     text_condition: bool = True
-    image_condition: bool = True
-    augmentation: str = "color,translation,cutout"
-    r1_weight: float = 2e-5
+    image_condition: bool = False
+    augmentation: str = ""
+    r1_weight: float = 1e-3
     r1_mode: str = "exact"
     r1_interval: int = 16
     r1_sigma: float = 0.01
