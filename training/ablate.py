@@ -1,8 +1,8 @@
 """The ablations of adversarial diffusion distillation, repeated in small on the digits.
 
 The rows are those of the paper's table of ablations (arXiv 2311.17042): loss terms, weighting of the distillation,
-conditioning of the discriminator, what the student starts from, steps of the teacher, feature network. Every row is a
-run of its own with as many updates as the others.
+conditioning of the discriminator, what the student starts from, steps of the teacher, feature network; and what the
+digits' defaults have otherwise than the paper. Every row is a run of its own with as many updates as the others.
 """
 
 from __future__ import annotations
@@ -49,6 +49,9 @@ ROWS = (
     Row("conditioning", "text", {"text_condition": True, "image_condition": False}),
     Row("conditioning", "image", {"text_condition": False, "image_condition": True}),
     Row("conditioning", "text and image", {"text_condition": True, "image_condition": True}),
+    Row("timesteps", "249, 499, 749, 999", {"timesteps": (249, 499, 749, 999)}),
+    Row("augmentation", "colour, translation, cutout", {"augmentation": "color,translation,cutout"}),
+    Row("turns", "one to one", {"student_every": 1}),
     Row("student", "random weights", {"student_init": "random"}),
     Row("teacher", "2 steps", {"teacher_steps": 2}),
     Row("teacher", "4 steps", {"teacher_steps": 4}),

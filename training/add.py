@@ -50,15 +50,15 @@ _CHOICES = {
 class ADDConfig:
     """Everything a run depends on beside its teacher, its prompts and its images.
 
-    The defaults are what works on the digits. They are the paper's but for what is marked *: the paper gives no
-    optimiser, batch size or number of updates, and has another value for the others.
+    The defaults are what works best of what was tried on the digits. The paper gives no optimiser, batch size, number
+    of updates or ratio of turns; where it says something else, it is said here.
 
     Attributes:
-        trainer*: of the loop; its `updates` are the student's.
-        student*, discriminator*: of their optimisers.
+        trainer: of the loop; its `updates` are the student's.
+        student, discriminator: of their optimisers.
         student_every, discriminator_every: iterations per update of each (TTUR).
-        timesteps: of the student's input, drawn uniformly; one named twice is drawn twice as often. At the last of the
-            schedule the input is noise alone. Where the student starts is the highest.
+        timesteps: (the paper's: 249, 499, 749, 999) of the student's input, drawn uniformly; one named twice is drawn
+            twice as often. At the last of the schedule the input is noise alone. The student starts at the highest.
         student_init: "teacher", its weights, or "random".
         adversarial_weight: of the adversarial term, 0 to leave it out, and the discriminator with it.
         heads: "mean" or "sum" over the discriminator's heads. The paper sums: with the mean of K heads its constants
@@ -68,13 +68,14 @@ class ADDConfig:
         feature_timesteps: of the latent variant, lowest and highest timestep at which the latents are noised.
         text_condition, image_condition: whether the discriminator is told the pooled text embedding, and the features'
             embedding of the image that the student's input was made of.
+            (The paper's: both. In one step from noise the student cannot know the image.)
         augmentation: DiffAug's policy on real and generated images, comma-separated; "" for none.
-        r1_weight: gamma of R1 at the heads' inputs, `gamma/2 * |gradient|^2`, 0 for none. The paper's 1e-5 has no 1/2.
+        r1_weight: gamma of R1 at the heads' inputs, `gamma/2 * |gradient|^2`, 0 for none. (The paper's: 2e-5 so.)
         r1_mode: "exact"; "lazy", exact as an optimiser step of its own after every `r1_interval` updates of the
             discriminator; "approximate" or "finite_difference", without second derivatives (`fastdistill.losses`).
         r1_interval: of "lazy".
         r1_sigma: of "approximate", in units of the features.
-        distill_weight: lambda of the distillation term, 0 to leave it out.
+        distill_weight: (the paper's: 2.5, with heads="sum") lambda of the distillation term, 0 to leave it out.
         distill_space: where the distance to the teacher is taken, "pixel" through the decoder, or "latent".
         weighting: "exponential", c(t) = alpha; "sds"; "nfsd", a gradient of its own, on latents.
         nfsd_scale, negative_prompt: of "nfsd".
@@ -85,10 +86,10 @@ class ADDConfig:
 
     method: ClassVar[str] = "add"
 
-    trainer: TrainerConfig = TrainerConfig(updates=400, batch_size=32, ema_decay=0.98, checkpoint_every=50)
+    trainer: TrainerConfig = TrainerConfig(updates=300, batch_size=32, ema_decay=0.98, checkpoint_every=50)
     student: RoleConfig = RoleConfig(1e-4, beta1=0.0, beta2=0.99, warm_up=20, decay=0.5)
     discriminator: RoleConfig = RoleConfig(5e-3, beta1=0.5, beta2=0.99, weight_decay=0.0, decay=0.5)
-    student_every: int = 1
+    student_every: int = 2
     discriminator_every: int = 1
     timesteps: tuple[int, ...] = (999,)
     student_init: str = "teacher"
@@ -103,7 +104,7 @@ class ADDConfig:
     r1_mode: str = "exact"
     r1_interval: int = 16
     r1_sigma: float = 0.01
-    distill_weight: float = 2.5
+    distill_weight: float = 1.0
     distill_space: str = "pixel"
     weighting: str = "exponential"
     nfsd_scale: float = 7.5
