@@ -196,11 +196,13 @@ def bench(logs: Path, limit: float, place: Path) -> Step:
     )
     if listed.code != 0:
         return Step("bench", True, listed.seconds, [f"fastdistill.bench cannot be imported: {listed.outcome()}"])
-    adamw = execute(
-        [sys.executable, "-m", "fastdistill.bench.adamw", "--device", "cuda"], logs / "bench-adamw.log", 120
-    )
-    step.lines.append(f"bench adamw: {adamw.outcome()} in {adamw.seconds:.0f} s; its table is in logs.tar")
-    step.failed |= adamw.code != 0
+    for name, options in (
+        ("adamw", ["--device", "cuda"]),
+        ("real_size", ["--out", str(logs / "bench-real_size.json")]),
+    ):
+        ran = execute([sys.executable, "-m", f"fastdistill.bench.{name}", *options], logs / f"bench-{name}.log", 120)
+        step.lines.append(f"bench {name}: {ran.outcome()} in {ran.seconds:.0f} s; its table is in logs.tar")
+        step.failed |= ran.code != 0
     work = [["engine", "training"], *([op] for op in listed.text.split())]
     for position, ops in enumerate(work):
         seconds = (limit - (time.monotonic() - start)) / (len(work) - position)
