@@ -50,6 +50,11 @@ def _parser() -> argparse.ArgumentParser:
     students.add_argument("--noise-seeds", type=int, nargs="+", default=[0, 1, 2])
     students.add_argument("--write", type=Path, nargs="+", default=[], metavar="FILE", help="put them into these files")
     students.set_defaults(run=_students)
+
+    curves = commands.add_parser("curves", help="draw how watched training runs got where they are")
+    curves.add_argument("folders", nargs="+", metavar="FOLDER", help="given to `fastdistill train` as --watch")
+    curves.add_argument("--picture", type=Path, required=True, metavar="FILE.png")
+    curves.set_defaults(run=_curves)
     return parser
 
 
@@ -137,6 +142,13 @@ def _students(options: argparse.Namespace) -> None:
     print(text)
     for file in options.write:
         write_between_marks(file, text, STUDENTS)
+
+
+def _curves(options: argparse.Namespace) -> None:
+    from .curves import draw_curves, read_curve
+
+    draw_curves([read_curve(folder) for folder in options.folders], options.picture)
+    print(f"{options.picture}: {len(options.folders)} runs")
 
 
 if __name__ == "__main__":
