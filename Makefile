@@ -40,10 +40,11 @@ demo: $(STAMP)
 	$(PY) -m fastdistill demo --out demo
 
 # Two processes, where pytest-xdist is installed; a file's tests stay together, because they share what they compile.
+# The longest file comes first, so that no process is left alone with it at the end.
 PARALLEL = $(shell $(PY) -c "import xdist; print('-n 2 --dist loadfile')" 2>/dev/null)
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(PY) -m pytest $(PARALLEL)
+	OMP_NUM_THREADS=1 $(PY) -m pytest $(PARALLEL) tests/test_build.py tests
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PY) -m pytest $(PARALLEL)
 
 # Without the tests that build native code.

@@ -79,7 +79,11 @@ CASES: dict[str, Case] = {
     "dmd2": Case(
         DMD2Config(_TRAINER, student=_ROLE, fake_score=_ROLE, critic_ratio=1), _SCORES, (1, DMD2Config().critic_ratio)
     ),
-    "add": Case(ADDConfig(_TRAINER, student=_ROLE, discriminator=_ROLE), ("student", "discriminator"), (1, 1)),
+    "add": Case(
+        ADDConfig(_TRAINER, student=_ROLE, discriminator=_ROLE, student_every=1),
+        ("student", "discriminator"),
+        (1, ADDConfig().student_every),
+    ),
     "reflow": Case(_FLOW),
     # The update of the distillation; which flow made its pairs makes no difference to the time.
     "instaflow": Case(InstaFlowConfig(_TRAINER, student=_ROLE, reflow=_DIRECT)),

@@ -70,7 +70,7 @@ def test_it_is_small_in_16_bit_and_its_card_states_data_licence_and_command(fold
 
 def test_it_is_no_pipeline_and_is_refused_as_one_by_name():
     assert "digits-vit" not in bundled_models()
-    with pytest.raises(ModelError, match="digits-vit: a network alone; needed a pipeline: digits-dmd"):
+    with pytest.raises(ModelError, match="digits-vit: a network alone; needed a pipeline: digits-add, digits-dmd"):
         resolve_model("digits-vit")
 
 
