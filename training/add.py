@@ -404,12 +404,12 @@ class ADD(Method):
     def _told(self, step: Step) -> Tensor | None:
         """(B, W) what the discriminator is told of each sample: its text, and the image that its input was made of."""
         if "told" not in step.memo:
-            parts = []
+            parts, dtype = [], next(self.discriminator.parameters()).dtype  # not autocast's
             if self.config.text_condition:
                 parts.append(step.batch["condition"].pooled)
             if self.config.image_condition:
                 parts.append(self.features(self._real_pixels(step)).embedding)
-            step.memo["told"] = torch.cat([part.float() for part in parts], dim=1) if parts else None
+            step.memo["told"] = torch.cat([part.to(dtype) for part in parts], dim=1) if parts else None
         return step.memo["told"]
 
 

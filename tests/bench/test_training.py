@@ -32,6 +32,12 @@ def test_both_sides_of_an_update_compute_the_same_losses_and_move_the_weights_al
     assert sum((p - q).abs().sum() for p, q in moved) > 0
 
 
+@pytest.mark.parametrize("method", ["dmd2", "add"])
+def test_the_exact_losses_are_of_float64_throughout(method):
+    terms = training.CASES[method].plain(training.stage_of(method, "cpu", torch.float64), Clock())()
+    assert {loss.dtype for losses in terms.values() for loss in losses.values()} == {torch.float64}
+
+
 def test_the_references_serve_every_op_within_and_only_within(monkeypatch):
     def chosen():
         return explain("group_norm_silu", torch.randn(1, 8, 4, 4), 4, torch.ones(8), torch.zeros(8)).backend
