@@ -118,7 +118,7 @@ def distill(
     if resume and checkpoints is None:
         raise ValueError("resume needs checkpoints, the folder of the run to continue; got None")
     checkpoints = None if checkpoints is None else Path(checkpoints)
-    if resume and not checkpoints.is_dir():
+    if resume and not any(checkpoints.glob("*/step-*")):
         raise ValueError(f"resume: there is no checkpoint in {checkpoints}")
     teacher = teacher if isinstance(teacher, Teacher) else Teacher(teacher, device)
     setup = Setup(

@@ -28,9 +28,8 @@ from .data import PromptData
 from .draws import Draws
 from .method import Losses, Method, Step, Turn
 from .networks import conversion_point, predict, predict_data, predict_guided
-from .pairs import pairs_for
 from .recipe import Setup, Stage
-from .regression import Distance, check_regression, regression_distance
+from .regression import Distance, check_regression, regression_distance, regression_pairs
 from .solvers import check_solver
 
 
@@ -97,14 +96,7 @@ class DMDConfig:
         )
         pairs = None
         if self.regression_weight > 0:
-            pairs = pairs_for(
-                setup,
-                count=self.pairs,
-                steps=self.pair_steps,
-                solver=self.pair_solver,
-                guidance_scale=self.guidance_scale,
-                seed=self.trainer.seed + 1,  # the loop's own noises are drawn from its seed
-            )
+            pairs = regression_pairs(self, setup)
         data = PromptData(setup.conditions, teacher.sample_shape, pairs)
         yield Stage("dmd", method, data, self.trainer, role_configs(self))
 

@@ -29,10 +29,9 @@ from .draws import Draws
 from .fake_score import FakeScore, mid_block_head
 from .method import Losses, Step
 from .networks import conversion_point, predict, predict_data
-from .pairs import pairs_for
 from .pipelines import renoising_scheduler
 from .recipe import Setup, Stage
-from .regression import Distance, Regression, check_regression, regression_distance
+from .regression import Distance, Regression, check_regression, regression_distance, regression_pairs
 from .solvers import check_solver
 
 
@@ -131,14 +130,7 @@ class DMD2Config:
                 fake_score = FakeScore(fake_score, mid_block_head(teacher.unet).to(teacher.device))
         pairs = None
         if self.needs_pairs:
-            pairs = pairs_for(
-                setup,
-                count=self.pairs,
-                steps=self.pair_steps,
-                solver=self.pair_solver,
-                guidance_scale=self.guidance_scale,
-                seed=self.trainer.seed + 1,  # the loop's own noises are drawn from its seed
-            )
+            pairs = regression_pairs(self, setup)
         paired = PromptData(setup.conditions, teacher.sample_shape, pairs)
         if self.warm_up_updates > 0:
             warm_up = Regression(student, teacher.schedule, teacher.prediction_type, self.student_timestep, distance)

@@ -13,9 +13,11 @@ from fastdistill.diffusion import Schedule
 from fastdistill.losses import LPIPS
 
 from .condition import Condition
-from .config import require
+from .config import TrainerConfig, require
 from .method import Losses, Method, Step, Turn
 from .networks import conversion_point, predict_data
+from .pairs import Pairs, pairs_for
+from .recipe import Setup
 from .teacher import Teacher
 
 REGRESSIONS = ("l2", "pixel_l2", "lpips")
@@ -24,11 +26,16 @@ Distance = Callable[[Tensor, Tensor], Tensor]
 
 
 class RegressionConfig(Protocol):
-    """The fields of a configuration that has a regression term."""
+    """The fields of a configuration that has a regression term, and pairs for it."""
 
+    trainer: TrainerConfig
     regression: str
     lpips_backbone: str | None
     lpips_heads: str | None
+    pairs: int
+    pair_steps: int
+    pair_solver: str
+    guidance_scale: float
 
 
 def regression_distance(config: RegressionConfig, teacher: Teacher) -> Distance:
@@ -54,6 +61,18 @@ def regression_distance(config: RegressionConfig, teacher: Teacher) -> Distance:
         return distance(teacher.decode(x), target).mean()
 
     return of_images
+
+
+def regression_pairs(config: RegressionConfig, setup: Setup) -> Pairs:
+    """What the term learns from: the pairs that the run was given, else those that the configuration asks for."""
+    return pairs_for(
+        setup,
+        count=config.pairs,
+        steps=config.pair_steps,
+        solver=config.pair_solver,
+        guidance_scale=config.guidance_scale,
+        seed=config.trainer.seed + 1,  # the loop's own noises are drawn from its seed
+    )
 
 
 def check_regression(config: RegressionConfig) -> None:

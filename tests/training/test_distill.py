@@ -181,3 +181,10 @@ def test_saving_again_replaces_the_pipeline_and_leaves_nothing_beside_it(distill
     distilled.save(tmp_path / "student")
     assert not (tmp_path / "student" / "stale").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["student"]
+
+
+def test_resuming_from_a_folder_without_a_checkpoint_is_refused_and_does_not_start_anew(tmp_path):
+    (tmp_path / "dmd").mkdir()
+    with pytest.raises(ValueError, match="resume: there is no checkpoint in"):
+        distill(tiny_pipeline(), PROMPTS, CONFIG, checkpoints=tmp_path, resume=True)
+    assert list((tmp_path / "dmd").iterdir()) == []

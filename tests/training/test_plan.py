@@ -4,6 +4,7 @@ import pytest
 import torch
 from fastdistill.training import DMDConfig, GradientContractError, Trainer, distill
 from fastdistill.training import dmd as dmd_module
+from fastdistill.training import regression as regression_module
 from fastdistill.training.plan import plan
 from fastdistill.training.settings import changed
 
@@ -65,13 +66,13 @@ def test_the_expected_time_is_that_of_one_update_for_each_and_of_all_pairs(found
 
 def test_no_more_than_a_batch_of_pairs_is_solved(teacher, monkeypatch):
     counts = []
-    before = dmd_module.pairs_for
+    before = regression_module.pairs_for
 
     def counting(setup, **options):
         counts.append(options["count"])
         return before(setup, **options)
 
-    monkeypatch.setattr(dmd_module, "pairs_for", counting)
+    monkeypatch.setattr(regression_module, "pairs_for", counting)
     plan(teacher, PROMPTS, CONFIG)
     assert counts == [4]
 
