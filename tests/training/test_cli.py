@@ -122,7 +122,7 @@ def test_the_student_is_stored_in_the_dtype_that_was_asked_for(dtype, inputs, tm
         (["--prompts", "missing.txt"], "prompts missing.txt: No such file"),
         (["--pairs", "missing"], "pairs missing: no such folder"),
         (["--resume"], "--resume needs --checkpoints, the folder of the run to continue"),
-        (["--resume", "--checkpoints", "missing"], "--resume: there is no checkpoint in missing"),
+        (["--resume", "--checkpoints", "missing"], "resume: there is no checkpoint in missing"),
         (["--device", "warp"], "device warp: needed cpu, cuda or cuda:N"),
         (["--device", "meta"], "device meta: needed cpu, cuda or cuda:N"),
         (["--export-dtype", "int8"], "export_dtype must be one of float16, bfloat16, float32; got 'int8'"),
