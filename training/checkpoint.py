@@ -124,7 +124,7 @@ def _is_whole(path: Path) -> bool:
 
 
 def _verified(path: Path) -> tuple[dict[str, Any], list[Path]]:
-    """The parts as JSON, and the files of their tensors, each as it was written; else a CheckpointError that names it."""
+    """The parts as JSON, and the files of their tensors; a CheckpointError names what is not as it was written."""
     state = path / _STATE
     try:
         record = json.loads(state.read_text(encoding="utf-8"))

@@ -16,7 +16,7 @@ from fastdistill import __version__
 from .card import package_commit, student_card
 from .data import Data
 from .dmd import DMDConfig
-from .pipelines import save_pipeline, student_pipeline
+from .pipelines import save_pipeline, student_pipeline, weights_digest
 from .recipe import MethodConfig, Setup, Stage, settings_of
 from .settings import to_dict
 from .teacher import Teacher
@@ -168,8 +168,11 @@ def _run_stages(
     stages = config.stages(setup)
     stage = next(stages)
     settings = settings_of(config) | {"prompts": sha256("\n".join(setup.prompts).encode()).hexdigest()}
+    network = setup.teacher.unet
     while True:
         folder = None if checkpoints is None else checkpoints / stage.name
+        if folder is not None:
+            settings["weights before"] = weights_digest(network)
         trainer = Trainer(
             stage.method,
             stage.data,
@@ -187,6 +190,7 @@ def _run_stages(
         if run.ended != "finished":
             return stage, run
         try:
-            stage = stages.send(run.student)
+            network = run.student
+            stage = stages.send(network)
         except StopIteration:
             return stage, run

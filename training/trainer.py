@@ -20,7 +20,6 @@ from .draws import Draws
 from .files import alone
 from .interruption import Interruption
 from .method import Losses, Method, Step, Turn
-from .pipelines import weights_digest
 from .progress import Run, TrainingProgress, Validation
 from .updates import EMA, RoleUpdater, warm_up_then_decay
 from .world import World
@@ -76,7 +75,6 @@ class Trainer:
             network.requires_grad_(role in trained)
         self.student = trained[0]
         self.settings = dict(settings or {}) | {role: asdict(roles[role]) for role in trained}
-        self._start = "" if folder is None else weights_digest(method.roles[self.student])
         self._owns_folder = False
         self.average = EMA(method.roles[self.student], config.ema_decay)
         self.updaters = {role: self._updater(role, roles[role]) for role in trained}
@@ -353,7 +351,6 @@ class Trainer:
             "config": _without(asdict(self.config), _FREE),
             "settings": _without(self.settings, _FREE_OF_A_ROLE),
             "networks": networks,
-            "start of the student": self._start,
         }
 
 

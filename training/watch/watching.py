@@ -162,6 +162,9 @@ class Keeper:
         say: Callable[[str], None],
     ) -> None:
         self.folder, self.samples, self.facts, self.picture_every = folder, samples, facts, picture_every
+        for pattern in (".log.jsonl-*", ".report.html-*", "pictures/.*.png-*", "plots/.*.png-*"):
+            for left in folder.glob(pattern):  # by a process that was killed while it wrote
+                left.unlink(missing_ok=True)
         self.log = Log(folder / "log.jsonl")
         self.left_out: list[str] = []
         self._say = say
