@@ -119,8 +119,8 @@ def assert_same(a, b, place):
 def log_of(folder):
     lines = [json.loads(line) for line in (folder / "seen" / "log.jsonl").read_text().splitlines()]
     for line in lines:
-        for clock in ("seconds", "time"):
-            line.pop(clock)
+        for of_the_process in ("seconds", "time", "peak_bytes"):
+            line.pop(of_the_process)
     return lines
 
 
@@ -156,4 +156,14 @@ def test_a_run_on_the_digits_killed_at_random_moments_ends_in_the_same_bits(whol
         assert not killed.once(**moment)
     assert killed.once()
     assert killed.moments.count("save") == kills // 2
+    assert_same_run(killed.folder, whole.folder)
+
+
+@pytest.mark.parametrize("whole", [[*DMD, "--updates=3"]], ids=["dmd"], indirect=True)
+def test_a_run_killed_in_each_of_its_checkpoints_ends_in_the_same_bits(whole, tmp_path):
+    killed = Killed(tmp_path / "killed", whole.arguments)
+    for moment in ((0, 4), (1, 12), (0, 23)):
+        assert not killed.once(dying_in=moment)
+    assert killed.once()
+    assert killed.moments == ["save"] * 3
     assert_same_run(killed.folder, whole.folder)
