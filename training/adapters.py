@@ -15,7 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-ATTENTION_AND_FEED_FORWARD = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2")
+LAYERS = (
+    *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
+    *("conv1", "conv2", "conv_shortcut", "time_emb_proj", "downsamplers.0.conv", "upsamplers.0.conv"),
+)
+"""Those that get adapters: of attention, feed-forward, and residual blocks, as in LCM-LoRA (arXiv 2311.05556)."""
 
 
 class SharedBase:
@@ -39,7 +43,7 @@ class SharedBase:
         rank: int,
         *,
         alpha: float | None = None,
-        target_modules: Sequence[str] = ATTENTION_AND_FEED_FORWARD,
+        target_modules: Sequence[str] = LAYERS,
     ) -> None:
         try:
             import peft
