@@ -286,7 +286,7 @@ def test_every_published_unet_is_patched_whole(name):
 
 
 def test_inputs_of_an_unknown_architecture_or_size_are_refused():
-    with pytest.raises(ValueError, match="unknown architecture 'sd3': no folder, .*sdxl, sd21, sd15"):
+    with pytest.raises(ValueError, match="unknown architecture 'sd3'"):
         unet_inputs("sd3", 1, 512, torch.float32)
     with pytest.raises(ValueError, match="resolution=500: must be a positive multiple of 8 pixels"):
         unet_inputs("sd15", 1, 500, torch.float32)
