@@ -71,7 +71,7 @@ def random_pipeline(
     with quiet_libraries():
         import diffusers
 
-        scheduler = getattr(diffusers, architecture.scheduler.class_name)(**architecture.scheduler.config)
+        scheduler = getattr(diffusers, architecture.scheduler.class_name).from_config(architecture.scheduler.config)
         optional = {
             "StableDiffusionPipeline": {"safety_checker": None, "feature_extractor": None},
             "StableDiffusionXLPipeline": {"add_watermarker": False},

@@ -100,16 +100,22 @@ _SDXL_UNET = {
     "projection_class_embeddings_input_dim": 2816,
 }
 
+# Each scheduler takes some of these; the others stay in its configuration for the next one that is made from it.
 _SCHEDULE = {
     "num_train_timesteps": 1000,
     "beta_schedule": "scaled_linear",
     "beta_start": 0.00085,
     "beta_end": 0.012,
+    "trained_betas": None,
     "prediction_type": "epsilon",
     "steps_offset": 1,
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
 }
-_PNDM = Component("diffusers", "PNDMScheduler", {**_SCHEDULE, "skip_prk_steps": True, "set_alpha_to_one": False})
-_EULER = Component("diffusers", "EulerDiscreteScheduler", {**_SCHEDULE, "timestep_spacing": "leading"})
+_EULER_SCHEDULE = {**_SCHEDULE, "interpolation_type": "linear", "sample_max_value": 1.0}
+_PNDM = Component("diffusers", "PNDMScheduler", _SCHEDULE)
+_EULER = Component("diffusers", "EulerDiscreteScheduler", {**_EULER_SCHEDULE, "timestep_spacing": "leading"})
 
 
 def _unet(config: dict[str, object]) -> Component:
@@ -124,7 +130,7 @@ def _turbo(base: Architecture, name: str, scheduler: str) -> Architecture:
     """`base` at 512 pixels with the scheduler of a student that starts at the last timestep."""
     unet = base.networks["unet"]
     at_512 = replace(unet, config={**unet.config, "sample_size": 64})
-    trailing = Component("diffusers", scheduler, {**_SCHEDULE, "timestep_spacing": "trailing"})
+    trailing = Component("diffusers", scheduler, {**_EULER_SCHEDULE, "timestep_spacing": "trailing"})
     return replace(base, name=name, networks={**base.networks, "unet": at_512}, scheduler=trailing)
 
 
