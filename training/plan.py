@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .activations import SavedTensors
 from .data import Data
 from .draws import Draws
+from .economy import restore, shared_by, size_of
 from .method import Step, Turn
 from .recipe import MethodConfig, Setup, Stage
 from .settings import changed, from_settings, leaves
@@ -37,7 +38,7 @@ class RolePlan:
     Attributes:
         role, network: its name, and its class.
         updates: optimiser steps planned; None for one that does not train.
-        parameters: numbers, not bytes.
+        parameters: numbers, not bytes; with those of a base that others share.
         weight_bytes: parameters and buffers.
         gradient_bytes, optimizer_bytes, average_bytes: of the parameters that train; the average is the student's.
         saved_bytes: what the forward pass of one micro-batch keeps for its backward pass, at the batch size of the run.
@@ -139,15 +140,17 @@ def plan(
     setup = Setup(teacher, prompts, teacher.encode(prompts), images, None if pairs is None else Path(pairs))
     short, share = _rehearsal(config)
     stages, found, student = short.stages(setup), [], None
-    while True:
-        start = time.perf_counter()
-        try:
-            stage = next(stages) if student is None else stages.send(student)
-        except StopIteration:
-            break
-        prepared = (time.perf_counter() - start) / share
-        stage_plan, student = _plan_stage(stage, prepared)
-        found.append(stage_plan)
+    with teacher.shared(config.trainer.memory.rank):
+        while True:
+            start = time.perf_counter()
+            try:
+                stage = next(stages) if student is None else stages.send(student)
+            except StopIteration:
+                break
+            prepared = (time.perf_counter() - start) / share
+            stage_plan, student = _plan_stage(stage, prepared)
+            restore(stage.method)
+            found.append(stage_plan)
     parts = {
         name: _bytes([*part.parameters(), *part.buffers()], set())
         for name, part in teacher.pipeline.components.items()
@@ -220,8 +223,8 @@ def _plan_stage(stage: Stage, prepared: float) -> tuple[StagePlan, nn.Module]:
             name,
             type(network).__name__,
             iterations // turns[name].every if name in turns else None,
-            sum(p.numel() for p in network.parameters()),
-            _bytes([*network.parameters(), *network.buffers()], seen),
+            size_of(network),
+            _bytes([*shared_by(network), *network.parameters(), *network.buffers()], seen),
         )
         if name in turns:
             states = trainer.updaters[name].optimizer.state.values()
@@ -249,7 +252,7 @@ def _saved_bytes(stage: Stage, turn: Turn) -> int:
     owned = [t for network in method.roles.values() for t in (*network.parameters(), *network.buffers())]
     autocast = torch.autocast(device.type, torch.bfloat16) if trainer.precision == "bfloat16" else nullcontext()
     with torch.random.fork_rng(), only(turn.role, method), SavedTensors(owned) as saved, autocast:
-        losses = method.losses(turn.kind, step)
+        losses = method.losses(turn.kind, step).whole()
     del losses
     return saved.nbytes
 

@@ -190,7 +190,8 @@ class Keeper:
         if self._board is not None:
             self._try("TensorBoard", lambda: self._board.write(line))
         every = self.picture_every or -(-progress.total // PICTURES_OF_A_STAGE)
-        if progress.update - self._drawn >= every or progress.update >= progress.total:
+        # On a grid, so that a run that is interrupted has the pictures of one that is not.
+        if progress.update // every > self._drawn // every or progress.update >= progress.total:
             self._draw(progress)
             self._try("plots", lambda: self._plot(DAY))
             self._write_report()
