@@ -135,6 +135,29 @@ def _tensors(tree):
             yield from _tensors(value)
 
 
+@pytest.mark.parametrize("stop", range(1, 6))
+def test_under_autocast_with_validation_and_the_best_delivered_it_resumes_to_the_bit_too(tmp_path, stop):
+    config = dataclasses.replace(CONFIG, precision="bfloat16", accumulation=2, validate_every=1, deliver="best")
+
+    def distance(student):
+        return {"distance": float((student[0].weight.sum() - 0.5).abs())}
+
+    def made(folder=None):
+        return Trainer(Pursuit(), PromptData(CONDITIONS, (2,)), config, roles, folder=folder, validate=distance)
+
+    roles = {"student": ADAM, "critic": ADAM}
+    torch.manual_seed(7)
+    whole = made().run()
+    torch.manual_seed(7)
+    made(tmp_path).run(lambda progress: progress.update == stop)
+    torch.manual_seed(99)
+    resumed = made(tmp_path)
+    assert resumed.resume() == stop
+    run = resumed.run()
+    assert same(run.student.state_dict().values(), whole.student.state_dict().values())
+    assert (run.best, run.validation, run.losses) == (whole.best, whole.validation, whole.losses)
+
+
 def test_dmd_resumes_to_the_bit(tmp_path):
     config = changed(
         DMDConfig(regression_weight=0),
