@@ -13,11 +13,13 @@ SYSTEM_CALLS = {"open", "close", "fsync", "mkdir", "replace", "rmdir", "serializ
 
 
 def run(function, *arguments, until=None):
-    """The exit code of a process that calls a function; negative of a signal. It is killed after `until` seconds."""
+    """The exit code of a process that calls a function; negative of a signal. It is killed once `until()` is true."""
     process = CONTEXT.Process(target=function, args=arguments)
     process.start()
-    process.join(until)
-    process.kill()
+    while until is not None and process.is_alive() and not until():
+        process.join(0.01)
+    if until is not None:
+        process.kill()
     process.join()
     return process.exitcode
 

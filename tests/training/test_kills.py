@@ -62,16 +62,24 @@ class Killed:
         (folder / "digits.txt").write_text("a handwritten seven\ntwo\n")
         self.folder, self.arguments, self.moments = folder, arguments, []
 
-    def once(self, *, until=None, dying_in=None):
-        """Whether the command came to its end."""
+    def once(self, *, seconds=None, dying_in=None):
+        """Whether the command came to its end. After `seconds`, or two checkpoints if these come first, it is killed."""
+        end, before = time.monotonic() + (seconds or 0), self._checkpoints()
+
+        def is_over():
+            return time.monotonic() > end or len(self._checkpoints() - before) >= 2
+
         begun = (self.folder / "run" / "run.yaml").exists()
         again = ["--resume"] if begun else []
-        code = run(train, self.folder, [*self.arguments, *again], dying_in, until=until)
+        code = run(train, self.folder, [*self.arguments, *again], dying_in, until=is_over if seconds else None)
         if code == -signal.SIGKILL:
             self.moments.append("any" if dying_in is None else "save")
         else:
             assert code == 0, (self.folder / "output.txt").read_text()
         return code == 0
+
+    def _checkpoints(self):
+        return set(self.folder.glob("run/*/step-*"))
 
 
 def assert_same_run(killed, whole):
@@ -151,7 +159,7 @@ def test_a_run_on_the_digits_killed_at_random_moments_ends_in_the_same_bits(whol
         if len(killed.moments) % 2:
             moment = {"dying_in": (moments.randrange(2), moments.randrange(45))}
         else:
-            moment = {"until": moments.uniform(0, 1.2 * to_the_first_checkpoint)}
+            moment = {"seconds": moments.uniform(0, 1.2 * to_the_first_checkpoint)}
         print(f"kill {len(killed.moments) + 1}: {moment}", flush=True)
         assert not killed.once(**moment)
     assert killed.once()
