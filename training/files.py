@@ -49,9 +49,13 @@ def publish(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write or replace a file, whole or not at all."""
-    partial(path).write_text(text, encoding="utf-8")
-    publish(path)
+    """Write or replace a file, whole or not at all; an OSError names it."""
+    try:
+        partial(path).write_text(text, encoding="utf-8")
+        publish(path)
+    except OSError as error:
+        partial(path).unlink(missing_ok=True)
+        raise OSError(f"{path}: cannot be written ({error})") from error
 
 
 @contextmanager

@@ -63,7 +63,7 @@ class Killed:
         self.folder, self.arguments, self.moments = folder, arguments, []
 
     def once(self, *, seconds=None, dying_in=None):
-        """Whether the command came to its end. After `seconds`, or two checkpoints if these come first, it is killed."""
+        """Whether the command came to its end. It is killed after `seconds`, or two checkpoints if these come first."""
         end, before = time.monotonic() + (seconds or 0), self._checkpoints()
 
         def is_over():
