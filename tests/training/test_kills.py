@@ -42,7 +42,8 @@ def _die_in(number, call):
     save, saves = checkpoint.save, iter(range(10**6))
 
     def counted(*given, **options):
-        if next(saves) != number:
+        # Or the first one after it that is long enough: a stage that is finished has nothing left to write.
+        if next(saves) < number:
             return save(*given, **options)
         with killed_at(call):
             return save(*given, **options)
