@@ -34,7 +34,7 @@ from .usage import Usage
 NAME = "training"
 BASELINE = "torch"
 LOSSES = ("dmd", "regression", "fake_score")
-BATCH, GPU_BATCH = 4, 8
+BATCH, GPU_BATCH, GPU_UPDATES = 4, 8, 5
 PROMPTS = ("a photograph of a lighthouse", "an oil painting of a fox")
 
 _NOTHING = {"optimizer": "float32", "checkpointing": "none", "frozen": "float32", "decode": "plain", "idle": "device"}
@@ -110,36 +110,33 @@ Update = Callable[[Stage, Clock], Callable[[], object]]
 
 def jobs(device: str, pairs: int, gpu: Gpu | None = None) -> list[Job]:
     """A row per set of options: on a GPU of Stable Diffusion 1.5 (512 px, bfloat16 passes), else of a small one."""
-    return [
-        Job((key,), BASELINE, lambda name=name, key=key: _rows(name, key, device, pairs, gpu))
-        for name, key in ((name, _key(name, device)) for name in OPTIONS)
-    ]
+    keys = {name: _key(name, device) for name in OPTIONS}
+    return [Job(tuple(keys.values()), BASELINE, lambda: _rows(keys, device, pairs, gpu))] if keys else []
 
 
 def _key(name: str, device: str) -> Key:
-    on_gpu = device.startswith("cuda")
-    case, dtype = (f"sd15 x{GPU_BATCH}", "bfloat16") if on_gpu else (f"sd15-small x{BATCH}", "float32")
-    return Key(NAME, case, f"dmd lpips update, {name}", dtype, "-", "-", device, "fastdistill")
+    case = f"sd15 x{GPU_BATCH} autocast" if device.startswith("cuda") else f"sd15-small x{BATCH}"
+    return Key(NAME, case, f"dmd lpips update, {name}", "float32", "-", "-", device, "fastdistill")
 
 
-def _rows(name: str, key: Key, device: str, pairs: int, gpu: Gpu | None) -> Iterator[Row]:
+def _rows(keys: dict[str, Key], device: str, pairs: int, gpu: Gpu | None) -> Iterator[Row]:
     def stage(memory: MemoryConfig) -> Stage:
         architecture = small() if gpu is None else find_architecture("sd15")
         teacher = Teacher(random_pipeline(architecture, device=device))
-        return stage_of(teacher, memory, BATCH if gpu is None else GPU_BATCH, key.dtype)
+        return stage_of(teacher, memory, BATCH if gpu is None else GPU_BATCH, "float32" if gpu is None else "bfloat16")
 
-    ours, plain = partial(stage, OPTIONS[name]), partial(stage, PLAIN)
-    peaks = _peak(TrainerUpdate, ours, gpu), _peak(PlainLoop, plain, gpu)
-    losses, times = _timed(ours, plain, pairs, gpu)
-    yield Row(
-        key,
-        BASELINE,
-        Speed.of(times),
-        losses,
-        usage=Usage(peaks[0]),
-        note=f"{key.case}, {name}: at most {_mib(peaks[0])} of tensors, the plain loop {_mib(peaks[1])}: "
-        f"{peaks[0] / peaks[1]:.2f}x of the memory",
-    )
+    plain = partial(stage, PLAIN)
+    plain_peak = _peak(PlainLoop, plain, gpu)
+    timed = _in_turn(plain, pairs) if gpu is None else _one_by_one(plain, min(pairs, GPU_UPDATES), gpu)
+    for name, key in keys.items():
+        ours = partial(stage, OPTIONS[name])
+        peak = _peak(TrainerUpdate, ours, gpu)
+        losses, times = timed(ours)
+        note = (
+            f"{key.case}, {name}: at most {_mib(peak)} of tensors, the plain loop {_mib(plain_peak)}: "
+            f"{peak / plain_peak:.2f}x of the memory"
+        )
+        yield Row(key, BASELINE, Speed.of(times), losses, usage=Usage(peak), note=note)
 
 
 def _peak(update: Update, stage: Callable[[], Stage], gpu: Gpu | None) -> int:
@@ -161,20 +158,33 @@ def _twice(update: Update, stage: Stage) -> None:
     run()
 
 
-def _timed(
-    ours: Callable[[], Stage], plain: Callable[[], Stage], pairs: int, gpu: Gpu | None
-) -> tuple[accuracy.Accuracy, PairTimes]:
-    """Error of the first update's losses against the plain loop's in float64 (on a GPU in float32), and both times."""
-    if gpu is not None:  # both at once do not fit
-        (mine, my_times), (theirs, their_times) = (
-            _alone(update, stage, pairs, gpu) for update, stage in ((TrainerUpdate, ours), (PlainLoop, plain))
-        )
-        return accuracy.compare(mine, theirs, theirs, torch.bfloat16), PairTimes(my_times, their_times)
-    updates = TrainerUpdate(ours(), Clock()), PlainLoop(plain(), Clock())
-    mine, theirs = (_losses(update()) for update in updates)
+Timed = Callable[[Callable[[], Stage]], tuple[accuracy.Accuracy, PairTimes]]
+"""Of our stage: the error of its first update's losses, and the times of both sides."""
+
+
+def _in_turn(plain: Callable[[], Stage], pairs: int) -> Timed:
+    """Both sides alternate; errors are against the plain loop in float64."""
     exact = _losses(PlainLoop(_in_float64(plain()), Clock())())
-    times = time_pairs([updates[0]], [updates[1]], pairs, clock=time.perf_counter_ns)
-    return accuracy.compare(mine, theirs, exact, torch.float32), times
+    theirs = PlainLoop(plain(), Clock())
+    baseline = _losses(theirs())
+
+    def timed(ours: Callable[[], Stage]) -> tuple[accuracy.Accuracy, PairTimes]:
+        mine = TrainerUpdate(ours(), Clock())
+        error = accuracy.compare(_losses(mine()), baseline, exact, torch.float32)
+        return error, time_pairs([mine], [theirs], pairs, clock=time.perf_counter_ns)
+
+    return timed
+
+
+def _one_by_one(plain: Callable[[], Stage], updates: int, gpu: Gpu) -> Timed:
+    """Each side alone, as both do not fit beside each other; differences are from the plain loop in the same dtype."""
+    baseline, their_times = _alone(PlainLoop, plain, updates, gpu)
+
+    def timed(ours: Callable[[], Stage]) -> tuple[accuracy.Accuracy, PairTimes]:
+        losses, times = _alone(TrainerUpdate, ours, updates, gpu)
+        return accuracy.compare(losses, baseline, baseline, torch.bfloat16), PairTimes(times, their_times)
+
+    return timed
 
 
 def _alone(
