@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -18,11 +18,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from fastdistill import _output
 from fastdistill.models import resolve_model
 
+from ..cluster import Cluster, import_ray
 from ..run import chosen_device, read_prompts
 from ..solvers import SOLVERS, check_solver
 from ..teacher import Teacher
 from . import generation, inspection, verification
-from .pair_set import PairSetError, read_set
+from .pair_set import read_set
+from .ray_job import check_device, generate_on_ray
 from .source import Source
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -58,22 +60,55 @@ def generate(
         str | None,
         typer.Option(
             metavar="I/N",
-            help="Make the I-th of N parts only; processes that share a folder need not. Under torchrun: by rank.",
+            help='Make the I-th of N parts only, or "rank": torchrun\'s. Processes that share a folder need not.',
         ),
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 …")] = "cpu",
     dtype: Annotated[str, typer.Option(help=f"The teacher computes in: {', '.join(DTYPES)}.")] = "float32",
+    ray: Annotated[
+        bool,
+        typer.Option(
+            "--ray", help="Make it on the machines of a Ray cluster, which share the folders of set and teacher."
+        ),
+    ] = False,
+    ray_address: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            show_default="local",
+            help='"local" starts a cluster of this machine alone; "auto" (which this machine is part of) or HOST:PORT.',
+        ),
+    ] = None,
+    ray_workers: Annotated[
+        int | None, typer.Option(min=1, show_default="as many as there is room for", help="At once, at most.")
+    ] = None,
+    ray_cpus: Annotated[
+        float | None, typer.Option(show_default="1", help="Of a worker; so many threads it has.")
+    ] = None,
+    ray_gpus: Annotated[
+        float | None,
+        typer.Option(show_default="1 with --device cuda, else 0", help="GPUs of a worker, or a part of one."),
+    ] = None,
+    ray_retries: Annotated[
+        int | None, typer.Option(min=0, show_default="10", help="How often a shard may lose its worker.")
+    ] = None,
 ) -> None:
-    """Make a set, or go on with one. Any number of processes may do so at once; SIGTERM ends one after its shard."""
+    """Make a set, or go on with one. Any number of processes may do so at once; SIGTERM ends one after its shard.
+
+    Under torchrun its processes share the work. With --ray the workers of a cluster do.
+    """
     with _one_line_errors():
         part = _part(shard)
+        options = {"address": ray_address, "workers": ray_workers, "cpus": ray_cpus, "gpus": ray_gpus}
+        cluster = _cluster(ray, shard, device, options | {"retries": ray_retries})
         lines = read_prompts(prompts)
         check_solver(solver)
         _choice("--noise", noise, ("stored", "seed"))
         _choice("--dtype", dtype, DTYPES)
         _output.check_folder(out)
         resolve_model(teacher)
-        source = Source.of(Teacher(teacher, _device(device)), lines, getattr(torch, dtype))
+        # A job's own process describes the set and computes nothing.
+        source = Source.of(Teacher(teacher, "cpu" if ray else _device(device)), lines, getattr(torch, dtype))
         pair_set = source.pair_set(
             count=count,
             solver=solver,
@@ -84,13 +119,22 @@ def generate(
             noise=noise,
             text=text,
         )
-        with _reporter(quiet=part[0] > 0 and shard is None) as report:
-            result = generation.generate(source, pair_set, out, batch_size=batch_size, part=part, report=report)
+        quiet = int(os.environ.get("RANK", "0")) > 0
+        with _reporter(quiet) as report:
+            if cluster is not None:
+                del source
+                options = {"device": device, "batch_size": batch_size, "report": report}
+                result = generate_on_ray(teacher, lines, pair_set, out, cluster=cluster, **options)
+            else:
+                result = generation.generate(source, pair_set, out, batch_size=batch_size, part=part, report=report)
+    if quiet and shard is None:
+        return
     of_part = "" if part[1] == 1 else f" of part {part[0] + 1}/{part[1]}"
     if result.ended != "finished":
         _say(f"{result.ended} after {result.done} of {result.total} pairs{of_part}; the same command goes on with them")
         return
-    _say(f"{out}: {result.total} pairs{of_part}, {result.made} of them made here in {result.seconds:.0f} s")
+    again = f"; shards begun again because a worker was lost: {result.again}" if result.again else ""
+    _say(f"{out}: {result.total} pairs{of_part}, {result.made} of them made here in {result.seconds:.0f} s{again}")
 
 
 @app.command()
@@ -139,7 +183,7 @@ def verify(
 def _one_line_errors() -> Iterator[None]:
     try:
         yield
-    except (PairSetError, ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
+    except (ValueError, OSError, ImportError, ArithmeticError, RuntimeError) as error:
         errors.print(
             f"error: {' '.join(str(error).split())}", style="red", markup=False, highlight=False, soft_wrap=True
         )
@@ -147,13 +191,34 @@ def _one_line_errors() -> Iterator[None]:
 
 
 def _part(shard: str | None) -> tuple[int, int]:
-    """(i, n) of --shard, else of torchrun's processes, else the whole."""
+    """(i, n) of --shard; without it the whole, of which processes take what no other has taken."""
     if shard is None:
-        return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        return 0, 1
+    if shard == "rank":
+        try:
+            return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        except KeyError as error:
+            raise ValueError(
+                f"--shard rank: there is no {error.args[0]}; needed a process that torchrun started"
+            ) from error
     index, _, parts = shard.partition("/")
     if not (index.isdecimal() and parts.isdecimal() and 1 <= int(index) <= int(parts)):
-        raise ValueError(f"--shard {shard}: needed I/N, for example 1/3, 2/3 and 3/3")
+        raise ValueError(f"--shard {shard}: needed I/N, for example 1/3, 2/3 and 3/3, or rank")
     return int(index) - 1, int(parts)
+
+
+def _cluster(ray: bool, shard: str | None, device: str, options: dict[str, Any]) -> Cluster | None:
+    """Of --ray and its options; None are not given."""
+    given = {name: value for name, value in options.items() if value is not None}
+    if not ray:
+        if given:
+            raise ValueError(f"--ray-{next(iter(given))}: needed --ray too")
+        return None
+    if shard is not None or "RANK" in os.environ:
+        raise ValueError("--ray shares the shards out itself: needed no --shard, and no torchrun")
+    check_device(device)
+    import_ray()
+    return Cluster(**{"gpus": float(device == "cuda"), **given})
 
 
 def _device(name: str) -> torch.device:
