@@ -40,7 +40,7 @@ def results():
         interruption = Interruption()
         found = []
         for row in cluster.run(prepare, {"factor": 0.5}, given, interruption):
-            found.append({name: value.tolist() for name, value in row.items()})
+            found.append({name: np.asarray(value).tolist() for name, value in row.items()})
             interruption.requested = "SIGTERM" if ends else None
         return found
 
@@ -61,10 +61,11 @@ def results():
 
 
 @pytest.fixture(scope="module")
-def found():
+def found(tmp_path_factory):
     """Ray and a test process should not share signals, threads and forks."""
+    told = tmp_path_factory.mktemp("cluster") / "results.json"
     done = subprocess.run(
-        [sys.executable, "-m", "tests.training.test_cluster"],
+        [sys.executable, "-m", "tests.training.test_cluster", str(told)],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -73,7 +74,7 @@ def found():
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(told.read_text())
 
 
 def test_what_comes_of_each_item_arrives_with_it(found):
@@ -108,4 +109,4 @@ def test_a_cluster_that_cannot_be_is_refused_by_name(given):
 
 
 if __name__ == "__main__":
-    print(json.dumps(results()))
+    Path(sys.argv[1]).write_text(json.dumps(results()))
