@@ -10,6 +10,7 @@ import os
 import queue
 import signal
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -81,11 +82,17 @@ class Cluster:
             size = min(self._size(ray), len(items))
             ledger = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(_Ledger).remote(self.retries)
             worker = {"prepare": prepare, "arguments": dict(arguments), "ledger": ledger}
-            for row in _polled(_dataset(self, size, worker, items)):
-                if interruption.requested:
-                    ledger.end.remote()
-                if row is not None and row["retries"] >= 0:
+            try:
+                for row in _polled(_dataset(self, size, worker, items)):
+                    if interruption.requested:
+                        ledger.end.remote()
+                    if row is None or row["retries"] < 0:
+                        continue
+                    if "error" in row:
+                        raise _unpacked(row["error"])
                     yield row
+            finally:
+                ledger.end.remote()  # a cluster that was there before goes on otherwise
 
     def _size(self, ray: ModuleType) -> int:
         """Of the pool."""
@@ -120,7 +127,7 @@ class _Ledger:
 
 
 class _Worker:
-    """Prepares itself with the first item, where an error is told as what it is: one in here would be a lost worker."""
+    """Prepares itself with the first item: an error while it is made would be a lost worker."""
 
     def __init__(self, prepare: Callable[..., Work], arguments: Mapping[str, Any], ledger: Any) -> None:
         self.prepare, self.arguments, self.ledger = prepare, arguments, ledger
@@ -129,14 +136,35 @@ class _Worker:
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         import ray
 
-        item = int(batch["item"][0])
-        retries = ray.get(self.ledger.begin.remote(item))
-        found: Mapping[str, Any] = {}
-        if retries >= 0:
-            if self.work is None:
-                self.work = self.prepare(**self.arguments)
-            found = self.work(item)
+        item, retries = int(batch["item"][0]), 0
+        try:
+            retries = ray.get(self.ledger.begin.remote(item))
+            found = {} if retries < 0 else self._done(item)
+        except Exception as error:
+            found = {"error": _packed(error)}
         return {name: np.asarray(value)[None] for name, value in {"item": item, "retries": retries, **found}.items()}
+
+    def _done(self, item: int) -> Mapping[str, Any]:
+        if self.work is None:
+            self.work = self.prepare(**self.arguments)
+        return self.work(item)
+
+
+def _packed(error: Exception) -> np.ndarray:
+    """An error as a row can carry it: Ray Data itself tells of layers of its own around it, in which it is lost."""
+    from ray import cloudpickle
+
+    error = getattr(error, "cause", error)  # of Ray's own call
+    where = "".join(traceback.format_exception(error))
+    return np.frombuffer(cloudpickle.dumps((error, where)), dtype=np.uint8)
+
+
+def _unpacked(packed: np.ndarray) -> Exception:
+    from ray import cloudpickle
+
+    error, where = cloudpickle.loads(np.asarray(packed, dtype=np.uint8).tobytes())
+    error.__cause__ = RuntimeError(f"in a worker:\n{where}")
+    return error
 
 
 def _dataset(cluster: Cluster, size: int, worker: dict[str, Any], items: Sequence[int]) -> Any:
@@ -161,8 +189,6 @@ def _dataset(cluster: Cluster, size: int, worker: dict[str, Any], items: Sequenc
 
 def _polled(dataset) -> Iterator[dict[str, Any] | None]:
     """The rows of a dataset, and None whenever there was none for a while: signals are looked after in between."""
-    import ray
-
     rows: queue.Queue = queue.Queue()
     end = object()
 
@@ -184,20 +210,8 @@ def _polled(dataset) -> Iterator[dict[str, Any] | None]:
         if row is end:
             return
         if isinstance(row, Exception):
-            raise _cause(row, ray.exceptions) from row
+            raise RuntimeError(f"the Ray job failed: {str(row).splitlines()[0]}") from row
         yield row
-
-
-def _cause(error: Exception, exceptions: ModuleType) -> Exception:
-    """What the work raised, without the layers that brought it here."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(getattr(seen, "cause", None), Exception):
-            return seen.cause
-        seen = seen.__cause__
-    if isinstance(error, exceptions.RayError):
-        return RuntimeError(f"the Ray job failed: {str(error).splitlines()[0]}")
-    return error
 
 
 def import_ray() -> ModuleType:
