@@ -29,6 +29,10 @@ POLL_SECONDS = 0.2  # how often the job looks whether it is to end
 LOCAL_STORE_BYTES = 256 * 2**20  # of Ray's object store, by which results of a local cluster travel
 
 
+class ClusterError(RuntimeError):
+    """A job that lost more workers than it may, or that Ray itself could not go on with."""
+
+
 @dataclass(frozen=True)
 class Cluster:
     """A Ray cluster, and what each worker takes of it.
@@ -75,7 +79,7 @@ class Cluster:
             ImportError: Ray is not installed.
             ConnectionError: there is no cluster at `address`.
             ValueError: it has no room for a worker.
-            RuntimeError: an item's worker was lost more than `retries` times.
+            ClusterError: an item's worker was lost more than `retries` times.
             Exception: whatever the work raised.
         """
         with _connected(self) as ray:
@@ -121,7 +125,7 @@ class _Ledger:
             return -1
         before = self.begun.get(item, 0)
         if before > self.retries:
-            raise RuntimeError(f"item {item} was begun {before} times, and its worker was lost every time")
+            raise ClusterError(f"item {item} was begun {before} times, and its worker was lost every time")
         self.begun[item] = before + 1
         return before
 
@@ -210,7 +214,7 @@ def _polled(dataset) -> Iterator[dict[str, Any] | None]:
         if row is end:
             return
         if isinstance(row, Exception):
-            raise RuntimeError(f"the Ray job failed: {str(row).splitlines()[0]}") from row
+            raise ClusterError(f"the Ray job failed: {str(row).splitlines()[0]}") from row
         yield row
 
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
@@ -18,13 +18,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from fastdistill import _output
 from fastdistill.models import resolve_model
 
-from ..cluster import Cluster, import_ray
+from .. import ray_options
+from ..cluster import ClusterError
 from ..run import chosen_device, read_prompts
 from ..solvers import SOLVERS, check_solver
 from ..teacher import Teacher
 from . import generation, inspection, verification
 from .pair_set import read_set
-from .ray_job import check_device, generate_on_ray
+from .ray_job import generate_on_ray
 from .source import Source
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -65,33 +66,12 @@ def generate(
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 …")] = "cpu",
     dtype: Annotated[str, typer.Option(help=f"The teacher computes in: {', '.join(DTYPES)}.")] = "float32",
-    ray: Annotated[
-        bool,
-        typer.Option(
-            "--ray", help="Make it on the machines of a Ray cluster, which share the folders of set and teacher."
-        ),
-    ] = False,
-    ray_address: Annotated[
-        str | None,
-        typer.Option(
-            metavar="ADDRESS",
-            show_default="local",
-            help='"local" starts a cluster of this machine alone; "auto" (which this machine is part of) or HOST:PORT.',
-        ),
-    ] = None,
-    ray_workers: Annotated[
-        int | None, typer.Option(min=1, show_default="as many as there is room for", help="At once, at most.")
-    ] = None,
-    ray_cpus: Annotated[
-        float | None, typer.Option(show_default="1", help="Of a worker; so many threads it has.")
-    ] = None,
-    ray_gpus: Annotated[
-        float | None,
-        typer.Option(show_default="1 with --device cuda, else 0", help="GPUs of a worker, or a part of one."),
-    ] = None,
-    ray_retries: Annotated[
-        int | None, typer.Option(min=0, show_default="10", help="How often a shard may lose its worker.")
-    ] = None,
+    ray: ray_options.Ray = False,
+    ray_address: ray_options.Address = None,
+    ray_workers: ray_options.Workers = None,
+    ray_cpus: ray_options.Cpus = None,
+    ray_gpus: ray_options.Gpus = None,
+    ray_retries: ray_options.Retries = None,
 ) -> None:
     """Make a set, or go on with one. Any number of processes may do so at once; SIGTERM ends one after its shard.
 
@@ -100,7 +80,9 @@ def generate(
     with _one_line_errors():
         part = _part(shard)
         options = {"address": ray_address, "workers": ray_workers, "cpus": ray_cpus, "gpus": ray_gpus}
-        cluster = _cluster(ray, shard, device, options | {"retries": ray_retries})
+        cluster = ray_options.cluster_of(ray, device, retries=ray_retries, **options)
+        if ray and shard is not None:
+            raise ValueError(f"--shard {shard}: needed none with --ray, which shares the shards out itself")
         lines = read_prompts(prompts)
         check_solver(solver)
         _choice("--noise", noise, ("stored", "seed"))
@@ -183,9 +165,14 @@ def verify(
 def _one_line_errors() -> Iterator[None]:
     try:
         yield
-    except (ValueError, OSError, ImportError, ArithmeticError, RuntimeError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError, ClusterError, torch.OutOfMemoryError) as error:
         errors.print(
-            f"error: {' '.join(str(error).split())}", style="red", markup=False, highlight=False, soft_wrap=True
+            f"error: {' '.join(str(error).split())}",
+            style="red",
+            markup=False,
+            emoji=False,
+            highlight=False,
+            soft_wrap=True,
         )
         raise typer.Exit(2) from error
 
@@ -205,20 +192,6 @@ def _part(shard: str | None) -> tuple[int, int]:
     if not (index.isdecimal() and parts.isdecimal() and 1 <= int(index) <= int(parts)):
         raise ValueError(f"--shard {shard}: needed I/N, for example 1/3, 2/3 and 3/3, or rank")
     return int(index) - 1, int(parts)
-
-
-def _cluster(ray: bool, shard: str | None, device: str, options: dict[str, Any]) -> Cluster | None:
-    """Of --ray and its options; None are not given."""
-    given = {name: value for name, value in options.items() if value is not None}
-    if not ray:
-        if given:
-            raise ValueError(f"--ray-{next(iter(given))}: needed --ray too")
-        return None
-    if shard is not None or "RANK" in os.environ:
-        raise ValueError("--ray shares the shards out itself: needed no --shard, and no torchrun")
-    check_device(device)
-    import_ray()
-    return Cluster(**{"gpus": float(device == "cuda"), **given})
 
 
 def _device(name: str) -> torch.device:

@@ -12,6 +12,7 @@ import torch
 from ..cluster import Cluster, Work
 from ..config import require
 from ..interruption import Interruption
+from ..ray_options import check_device
 from ..teacher import Teacher
 from .generation import POLL_SECONDS, Generated, Progress, make_shard
 from .pair_set import PairSet, PairSetError, agree, read_set
@@ -47,7 +48,7 @@ def generate_on_ray(
     Raises:
         PairSetError, FileExistsError: the folder holds another set, or something else; or a machine of the cluster has
             another teacher under this name, or does not see the folder.
-        ImportError, ConnectionError, ValueError, RuntimeError, FloatingPointError, OSError: as `Cluster.run` and
+        ImportError, ConnectionError, ValueError, ClusterError, FloatingPointError, OSError: as `Cluster.run` and
             `generate`.
     """
     folder = Path(folder).resolve()
@@ -81,10 +82,6 @@ def generate_on_ray(
                     report(Progress(done, pair_set.count, made, seconds()))
     ended = interruption.requested if done < pair_set.count else None
     return Generated(made, done, pair_set.count, seconds(), ended or "finished", again)
-
-
-def check_device(device: str) -> None:
-    require("device", device, device in ("cpu", "cuda"), "cpu or cuda for a Ray job, which gives each worker its GPU")
 
 
 def _prepare(

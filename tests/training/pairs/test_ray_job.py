@@ -116,7 +116,7 @@ def test_a_worker_refuses_another_teacher_and_a_folder_that_it_does_not_share(de
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["--ray", "--shard", "1/2"], "--ray shares the shards out itself"),
+        (["--ray", "--shard", "1/2"], "--shard 1/2: needed none with --ray"),
         (["--ray", "--device", "cuda:1"], "device must be cpu or cuda for a Ray job, which gives each worker its GPU"),
         (["--ray", "--ray-cpus", "0"], "cpus must be above 0; got 0"),
         (["--ray-workers", "2"], "--ray-workers: needed --ray too"),
