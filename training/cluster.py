@@ -125,7 +125,7 @@ class _Ledger:
             return -1
         before = self.begun.get(item, 0)
         if before > self.retries:
-            raise ClusterError(f"item {item} was begun {before} times, and its worker was lost every time")
+            raise ClusterError(f"item {item} has lost {before} workers; it may lose {self.retries}")
         self.begun[item] = before + 1
         return before
 
@@ -226,6 +226,8 @@ def import_ray() -> ModuleType:
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # else this process writes the log of Ray's core to stderr
+    # A job that is interrupted leaves a thread that waits for rows: it would connect again.
+    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
     try:
         import ray
         import ray.data

@@ -90,7 +90,7 @@ def test_an_error_of_the_work_is_raised_as_what_it_was(found):
 
 
 def test_an_item_that_loses_its_worker_every_time_ends_the_job(found):
-    assert found["lost"] == ["ClusterError", "item 91 was begun 2 times, and its worker was lost every time"]
+    assert found["lost"] == ["ClusterError", "item 91 has lost 2 workers; it may lose 1"]
 
 
 def test_a_cluster_without_room_for_a_worker_is_refused_with_what_it_has(found):
