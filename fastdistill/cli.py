@@ -1,4 +1,4 @@
-"""The command `fastdistill`: info, generate, demo, metrics, bench, tune, train, pairs, evaluate, ablate.
+"""The command `fastdistill`: info, models, generate, demo, metrics, bench, tune, train, pairs, evaluate, ablate.
 
 The roof of the house: each command imports its room when it is called, so that `--help` needs neither torch nor
 diffusers. Whatever a user can get wrong ends in one line on stderr and exit code 2; Ctrl-C in one line and 130.
@@ -119,6 +119,24 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="Print JSON instea
         from rich.console import Console
 
         Console().print(render(facts))
+
+
+@app.command()
+def models(as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False) -> None:
+    """List the architectures and models that have a name, with their sizes and numbers of parameters."""
+    from fastdistill.models.listing import collect, render
+
+    rows = collect()
+    if as_json:
+        import json
+
+        print(json.dumps(rows, indent=2))
+    else:
+        from rich.console import Console
+
+        from fastdistill.bench.report import print_wide
+
+        print_wide(Console(), render(rows))
 
 
 @app.command()

@@ -110,6 +110,19 @@ def _command(method: str) -> Callable[..., None]:
         updates: Annotated[
             int | None, typer.Option(help="Updates of the student.", show_default="the method's")
         ] = None,
+        roles: Annotated[
+            str | None, typer.Option(help="full, or lora:RANK: adapters of one frozen base.", show_default="full")
+        ] = None,
+        optimizer: Annotated[
+            str | None, typer.Option(help="Moments in float32 or 8bit.", show_default="by the student's size")
+        ] = None,
+        checkpointing: Annotated[
+            str | None,
+            typer.Option(help="none, recompute or blocks: less kept, more computed.", show_default="by the size"),
+        ] = None,
+        precision: Annotated[
+            str | None, typer.Option(help="float32 or bfloat16 (autocast).", show_default="by the size")
+        ] = None,
         device: Annotated[
             str | None, typer.Option(help="cpu, cuda, cuda:1 …", show_default="a GPU if there is one")
         ] = None,
@@ -145,6 +158,10 @@ def _command(method: str) -> Callable[..., None]:
             "pairs": pairs,
             "seed": seed,
             "updates": updates,
+            "roles": roles,
+            "optimizer": optimizer,
+            "checkpointing": checkpointing,
+            "precision": precision,
             "device": device,
             "checkpoints": checkpoints,
             "watch": watch,

@@ -176,7 +176,7 @@ def _dataset(cluster: Cluster, size: int, worker: dict[str, Any], items: Sequenc
     import ray.data
 
     ray.data.DataContext.get_current().enable_progress_bars = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what goes wrong is raised
     # Ray Data restarts a worker that is lost, and its item, without end. At least one worker, not `size`: those of a
     # lost machine wait for room, which others that are idle then give.
     pool = ray.data.ActorPoolStrategy(min_size=1, max_size=size, initial_size=size, max_tasks_in_flight_per_actor=1)

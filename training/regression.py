@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -30,13 +31,32 @@ class RegressionConfig(Protocol):
 
     trainer: TrainerConfig
     regression: str
-    regression_weight: float
     lpips_backbone: str | None
     lpips_heads: str | None
     pairs: int
     pair_steps: int
     pair_solver: str
     guidance_scale: float
+
+
+@dataclass(frozen=True)
+class OfImages:
+    """The mean distance between the images that samples and their targets are decoded to.
+
+    Attributes:
+        decode: latents (B, ...) to images (B, 3, H, W).
+        distance: of images, a tensor whose mean is taken; no gradient reaches the targets.
+        networks: those that `decode` and `distance` use, by their names as roles.
+    """
+
+    decode: Callable[[Tensor], Tensor]
+    distance: Distance
+    networks: dict[str, nn.Module]
+
+    def __call__(self, x: Tensor, target: Tensor) -> Tensor:
+        with torch.no_grad():
+            target = self.decode(target)
+        return self.distance(self.decode(x), target).mean()
 
 
 def regression_distance(config: RegressionConfig, teacher: Teacher) -> Distance:
@@ -50,24 +70,12 @@ def regression_distance(config: RegressionConfig, teacher: Teacher) -> Distance:
     """
     if config.regression == "l2":
         return F.mse_loss
-    distance = F.mse_loss
-    if config.regression == "lpips":
-        # VGG's activations at 512 px are larger than the UNet's: its stages are computed again in the backward.
-        lpips = LPIPS(config.lpips_backbone, config.lpips_heads, no_grad="y", checkpoint=True)
-        distance = lpips.to(teacher.device)
-
-    def of_images(x: Tensor, target: Tensor) -> Tensor:
-        with torch.no_grad():
-            target = teacher.decode(target)
-        return distance(teacher.decode(x), target).mean()
-
-    return of_images
-
-
-def decoder_of(config: RegressionConfig, teacher: Teacher) -> dict[str, nn.Module]:
-    """The VAE, as the role that it has where the distance is one of images."""
-    used = config.regression_weight > 0 or getattr(config, "warm_up_updates", 0) > 0
-    return {"decoder": teacher.pipeline.vae} if used and config.regression != "l2" else {}
+    networks = {"decoder": teacher.pipeline.vae}
+    if config.regression == "pixel_l2":
+        return OfImages(teacher.decode, F.mse_loss, networks)
+    # VGG's activations at 512 px are larger than the UNet's: its stages are computed again in the backward.
+    lpips = LPIPS(config.lpips_backbone, config.lpips_heads, no_grad="y", checkpoint=True).to(teacher.device)
+    return OfImages(teacher.decode, lpips, networks | {"lpips": lpips})
 
 
 def regression_pairs(config: RegressionConfig, setup: Setup) -> Pairs:
@@ -99,22 +107,15 @@ class Regression(Method):
         student: trained here, in place.
         schedule, prediction_type: the teacher's.
         start: the timestep at which the student is called, its input being unit noise.
-        distance: see `regression_distance`.
-        frozen: networks that `distance` uses, by name.
+        distance: see `regression_distance`; what it calls its `networks` are roles too.
     """
 
     name = "regression"
 
     def __init__(
-        self,
-        student: nn.Module,
-        schedule: Schedule,
-        prediction_type: str,
-        start: int,
-        distance: Distance = F.mse_loss,
-        frozen: dict[str, nn.Module] | None = None,
+        self, student: nn.Module, schedule: Schedule, prediction_type: str, start: int, distance: Distance = F.mse_loss
     ) -> None:
-        self.roles = {"student": student.train().requires_grad_(True), **(frozen or {})}
+        self.roles = {"student": student.train().requires_grad_(True), **getattr(distance, "networks", {})}
         self.turns = (Turn("student"),)
         self.prediction_type = prediction_type
         self.start = start

@@ -86,8 +86,8 @@ def load_run(
         method: name of the method; None takes it from the file.
         file: YAML with the fields of `RunConfig`; under `method` its settings, with its `name`.
         settings: lines "NAME=VALUE": a setting of the method by its dotted name, or a field of the run.
-        options: fields of `RunConfig`, the `updates` of the method's trainer, and a `seed` for it and the images; None
-            is not given.
+        options: fields of `RunConfig`; of the method's trainer `updates` and `precision`, and of its memory `roles`,
+            `optimizer` and `checkpointing`; a `seed` for it and the images. None is not given.
 
     Raises:
         SettingsError: an unknown name, with the nearest known one, or a value that cannot be, saying where it was read.
@@ -302,6 +302,10 @@ _OPTIONS = {
     "device": "--device",
     "export_dtype": "--export-dtype",
     "method.trainer.updates": "--updates",
+    "method.trainer.precision": "--precision",
+    "method.trainer.memory.roles": "--roles",
+    "method.trainer.memory.optimizer": "--optimizer",
+    "method.trainer.memory.checkpointing": "--checkpointing",
 }
 # What is said already, or does not change the student.
 _UNSAID = ("teacher", "prompts", "out", "checkpoints", "watch", "method.trainer.seed")
@@ -331,8 +335,10 @@ def _with_images(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _nested(option: str, value: Any) -> dict[str, Any]:
-    if option == "updates":
-        return {"method": {"trainer": {"updates": value}}}
+    if option in ("updates", "precision"):
+        return {"method": {"trainer": {option: value}}}
+    if option in ("roles", "optimizer", "checkpointing"):
+        return {"method": {"trainer": {"memory": {option: value}}}}
     if option == "seed":
         return {"method": {"trainer": {"seed": value}}, "images": {"seed": value}}
     return {option: value}

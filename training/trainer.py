@@ -18,7 +18,7 @@ from .config import RoleConfig, TrainerConfig
 from .contract import check_gradient_contract
 from .data import Data
 from .draws import Draws
-from .economy import bases, economize, size_of
+from .economy import economize, shared_by, size_of
 from .interruption import Interruption
 from .memory_config import settled
 from .method import Losses, Method, Step, Turn
@@ -377,7 +377,7 @@ def _architecture(network: nn.Module) -> dict[str, list]:
     """Class, and how many parameters of how many values: enough to tell networks apart, short enough to read."""
     sizes = [p.numel() for p in network.parameters()]
     found = {"class": type(network).__name__, "parameters": len(sizes), "values": sum(sizes)}
-    base = sum(p.numel() for base in bases(network) for p in base.base_parameters())
+    base = sum(p.numel() for p in shared_by(network))
     return found | ({"base": base} if base else {})
 
 
