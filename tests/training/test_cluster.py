@@ -51,7 +51,7 @@ def results():
             return [type(raised).__name__, str(raised)]
 
     return {
-        "both": sorted(items(Cluster(workers=2), 1, 2, 3), key=lambda row: row["item"]),
+        "done": sorted(items(one, 1, 2, 3), key=lambda row: row["item"]),
         "left out": items(one, *range(1, 30), ends=True),
         "failed": error(one, 90),
         "lost": error(one, 1, 91),
@@ -78,7 +78,7 @@ def found(tmp_path_factory):
 
 
 def test_what_comes_of_each_item_arrives_with_it(found):
-    assert found["both"] == [{"item": item, "retries": 0, "array": [[item / 2, item / 2]] * item} for item in (1, 2, 3)]
+    assert found["done"] == [{"item": item, "retries": 0, "array": [[item / 2, item / 2]] * item} for item in (1, 2, 3)]
 
 
 def test_items_that_nobody_has_begun_when_the_job_is_to_end_are_left_out(found):
