@@ -84,7 +84,7 @@ class Cluster:
         """
         with _connected(self) as ray:
             size = min(self._size(ray), len(items))
-            ledger = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(_Ledger).remote(self.retries)
+            ledger = _ledger(ray, self.retries)
             worker = {"prepare": prepare, "arguments": dict(arguments), "ledger": ledger}
             try:
                 for row in _polled(_dataset(self, size, worker, items)):
@@ -128,6 +128,15 @@ class _Ledger:
             raise ClusterError(f"item {item} has lost {before} workers; it may lose {self.retries}")
         self.begun[item] = before + 1
         return before
+
+
+def _ledger(ray: ModuleType, retries: int) -> Any:
+    """On this machine, whose loss would end the job anyway."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": here}
+    return ray.remote(**options)(_Ledger).remote(retries)
 
 
 class _Worker:
