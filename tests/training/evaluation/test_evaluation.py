@@ -86,7 +86,7 @@ def test_two_processes_have_the_figures_of_one(alone, model, reference, tmp_path
         )
         for rank in range(2)
     ]
-    assert [process.wait(120) for process in processes] == [0, 0]
+    assert [process.wait(400) for process in processes] == [0, 0]
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert first["figures"] == alone
     assert second["figures"] == [None] * 3

@@ -124,7 +124,7 @@ def test_the_processes_of_torchrun_share_the_shards_and_one_of_them_reports(argu
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=400,
         check=False,
     )
     assert done.returncode == 0, done.stderr

@@ -50,7 +50,7 @@ def test_a_worker_that_is_killed_within_a_shard_leaves_the_set_of_one_process(de
         text=True,
     ) as job:
         os.kill(stopped_within_a_shard(folder, job), signal.SIGKILL)
-        said = job.communicate(timeout=120)[0]
+        said = job.communicate(timeout=400)[0]
     assert job.returncode == 0, said
     assert f"{folder}: {COUNT} pairs, {COUNT} of them made here" in said
     assert "shards begun again because a worker was lost: 1" in said
