@@ -1,0 +1,215 @@
+"""An update of DMD with LPIPS through the VAE decoder: the plain loop against this one, with what saves memory.
+
+Full-rank roles on both sides, the same losses and numbers. The plain loop is what one writes first: float32 AdamW and
+weights, nothing computed again, one backward pass per turn.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+
+import torch
+from fastdistill.training import DMDConfig, Draws, PromptData, RoleConfig, Setup, Stage, Teacher, TrainerConfig
+from fastdistill.training.memory_config import MemoryConfig
+from fastdistill.training.pairs import Pairs
+from torch import Tensor, nn
+
+from fastdistill.losses._vgg16 import VGG16Features
+from fastdistill.models.architectures import Architecture, find_architecture
+from fastdistill.models.builders import random_pipeline
+
+from . import accuracy, usage
+from .gpu import Gpu
+from .plain_training import Clock, PlainUpdate, TrainerUpdate
+from .rows import Key, Row
+from .runner import Job
+from .timing import PairTimes, Speed, time_pairs
+from .training import InDtype, nudge
+from .usage import Usage
+
+NAME = "training"
+BASELINE = "torch"
+LOSSES = ("dmd", "regression", "fake_score")
+BATCH, GPU_BATCH = 4, 8
+PROMPTS = ("a photograph of a lighthouse", "an oil painting of a fox")
+
+_NOTHING = {"optimizer": "float32", "checkpointing": "none", "frozen": "float32", "decode": "plain", "idle": "device"}
+PLAIN = MemoryConfig(**_NOTHING)
+_BLOCKS = replace(PLAIN, checkpointing="blocks", decode="checkpointed")
+
+OPTIONS: dict[str, MemoryConfig] = {
+    "no option": PLAIN,
+    "8-bit moments": replace(PLAIN, optimizer="8bit"),
+    "recompute": replace(PLAIN, checkpointing="recompute"),
+    "recompute, checkpointed decode": replace(PLAIN, checkpointing="recompute", decode="checkpointed"),
+    "blocks, checkpointed decode": _BLOCKS,
+    "blocks, checkpointed decode, 8-bit moments": replace(_BLOCKS, optimizer="8bit"),
+}
+"""What is compared with the plain loop, by the name that its row has."""
+
+
+def small() -> Architecture:
+    """Stable Diffusion 1.5 at a fifth of its widths and a quarter of its pictures' sides: an update takes seconds."""
+    published = find_architecture("sd15")
+    changes = {
+        "unet": {"block_out_channels": (64, 128, 256, 256), "sample_size": 16},
+        "vae": {"block_out_channels": (32, 64, 128, 128), "sample_size": 128},
+    }
+    networks = {
+        name: replace(network, config={**network.config, **changes.get(name, {})})
+        for name, network in published.networks.items()
+    }
+    return replace(published, name="sd15-small", networks=networks)
+
+
+def config_of(memory: MemoryConfig, batch: int, precision: str) -> DMDConfig:
+    """Of one update of each role per iteration, LPIPS included."""
+    trainer = TrainerConfig(batch_size=batch, precision=precision, memory=memory)
+    role = RoleConfig(1e-6, beta1=0.0)  # the networks stay where they are while they are timed
+    return DMDConfig(
+        trainer, student=role, fake_score=role, critic_ratio=1, regression="lpips", lpips_backbone=random_vgg16()
+    )
+
+
+def random_vgg16() -> nn.Module:
+    """What it allocates and computes does not depend on its weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return VGG16Features()
+
+
+def stage_of(teacher: Teacher, memory: MemoryConfig, batch: int, precision: str) -> Stage:
+    """DMD's stage on noise in place of pairs: the teacher's weights are random, so its ODE would mean nothing."""
+    config = config_of(memory, batch, precision)
+    conditions = teacher.encode(PROMPTS)
+    draws = Draws("pairs", batch_size=batch, device=teacher.device)
+    noise, sample = draws.randn(*teacher.sample_shape), draws.randn(*teacher.sample_shape)
+    pairs = Pairs(noise, sample, draws.randint(0, len(PROMPTS)))
+    stage = next(replace(config, pairs=1, pair_steps=1).stages(Setup(teacher, PROMPTS, conditions)))
+    # Two scores that are equal, as these are at first, give a gradient of nothing.
+    nudge(stage.method.roles["fake_score"])
+    return replace(stage, data=PromptData(conditions, teacher.sample_shape, pairs))
+
+
+class PlainLoop(PlainUpdate):
+    """With networks as diffusers loads them, and an LPIPS that keeps what its backward pass needs."""
+
+    def __init__(self, stage: Stage, clock: Clock) -> None:
+        super().__init__(stage, clock)
+        for network in stage.method.roles.values():
+            network.to(memory_format=torch.contiguous_format)
+        stage.method.roles["lpips"].checkpoint = False
+
+
+Update = Callable[[Stage, Clock], Callable[[], object]]
+
+
+def jobs(device: str, pairs: int, gpu: Gpu | None = None) -> list[Job]:
+    """A row per set of options: on a GPU of Stable Diffusion 1.5 (512 px, bfloat16 passes), else of a small one."""
+    return [
+        Job((key,), BASELINE, lambda name=name, key=key: _rows(name, key, device, pairs, gpu))
+        for name, key in ((name, _key(name, device)) for name in OPTIONS)
+    ]
+
+
+def _key(name: str, device: str) -> Key:
+    on_gpu = device.startswith("cuda")
+    case, dtype = (f"sd15 x{GPU_BATCH}", "bfloat16") if on_gpu else (f"sd15-small x{BATCH}", "float32")
+    return Key(NAME, case, f"dmd lpips update, {name}", dtype, "-", "-", device, "fastdistill")
+
+
+def _rows(name: str, key: Key, device: str, pairs: int, gpu: Gpu | None) -> Iterator[Row]:
+    def stage(memory: MemoryConfig) -> Stage:
+        architecture = small() if gpu is None else find_architecture("sd15")
+        teacher = Teacher(random_pipeline(architecture, device=device))
+        return stage_of(teacher, memory, BATCH if gpu is None else GPU_BATCH, key.dtype)
+
+    ours, plain = partial(stage, OPTIONS[name]), partial(stage, PLAIN)
+    peaks = _peak(TrainerUpdate, ours, gpu), _peak(PlainLoop, plain, gpu)
+    losses, times = _timed(ours, plain, pairs, gpu)
+    yield Row(
+        key,
+        BASELINE,
+        Speed.of(times),
+        losses,
+        usage=Usage(peaks[0]),
+        note=f"{key.case}, {name}: at most {_mib(peaks[0])} of tensors, the plain loop {_mib(peaks[1])}: "
+        f"{peaks[0] / peaks[1]:.2f}x of the memory",
+    )
+
+
+def _peak(update: Update, stage: Callable[[], Stage], gpu: Gpu | None) -> int:
+    """Bytes of tensors at most, networks and optimiser states included, up to the second update."""
+    made = stage()
+    if gpu is not None:
+        torch.cuda.reset_peak_memory_stats(gpu.device)
+        _twice(update, made)
+        return torch.cuda.max_memory_allocated(gpu.device)
+    networks = made.method.roles.values()
+    before = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for n in networks for t in _tensors(n)}
+    return sum(before.values()) + usage.on_cpu(lambda: _twice(update, made)).peak_bytes
+
+
+def _twice(update: Update, stage: Stage) -> None:
+    """The first one makes the optimisers' states."""
+    run = update(stage, Clock())
+    run()
+    run()
+
+
+def _timed(
+    ours: Callable[[], Stage], plain: Callable[[], Stage], pairs: int, gpu: Gpu | None
+) -> tuple[accuracy.Accuracy, PairTimes]:
+    """Error of the first update's losses against the plain loop's in float64 (on a GPU in float32), and both times."""
+    if gpu is not None:  # both at once do not fit
+        (mine, my_times), (theirs, their_times) = (
+            _alone(update, stage, pairs, gpu) for update, stage in ((TrainerUpdate, ours), (PlainLoop, plain))
+        )
+        return accuracy.compare(mine, theirs, theirs, torch.bfloat16), PairTimes(my_times, their_times)
+    updates = TrainerUpdate(ours(), Clock()), PlainLoop(plain(), Clock())
+    mine, theirs = (_losses(update()) for update in updates)
+    exact = _losses(PlainLoop(_in_float64(plain()), Clock())())
+    times = time_pairs([updates[0]], [updates[1]], pairs, clock=time.perf_counter_ns)
+    return accuracy.compare(mine, theirs, exact, torch.float32), times
+
+
+def _alone(
+    update: Update, stage: Callable[[], Stage], count: int, gpu: Gpu
+) -> tuple[dict[str, Tensor], tuple[float, ...]]:
+    run = update(stage(), Clock(gpu.synchronize))
+    losses, taken = _losses(run()), []
+    for _ in range(count):
+        start = time.perf_counter_ns()
+        run()
+        gpu.synchronize()
+        taken.append(float(time.perf_counter_ns() - start))
+    del run
+    gc.collect()
+    torch.cuda.empty_cache()
+    return losses, tuple(taken)
+
+
+def _losses(found: dict) -> dict[str, Tensor]:
+    """By name, of the Trainer's or of the plain loop's update, which has them by role."""
+    by_role = {name: terms for name, terms in found.items() if isinstance(terms, dict)}
+    if not by_role:
+        return {name: found[name] for name in LOSSES}
+    return {name: loss for terms in by_role.values() for name, loss in terms.items()}
+
+
+def _in_float64(stage: Stage) -> Stage:
+    for network in stage.method.roles.values():
+        nn.Module.to(network, torch.float64)
+    return replace(stage, data=InDtype(stage.data, torch.float64))
+
+
+def _tensors(network: nn.Module) -> list[Tensor]:
+    return [*network.parameters(), *network.buffers()]
+
+
+def _mib(count: int) -> str:
+    return f"{count / 2**20:,.0f} MiB"
