@@ -21,9 +21,21 @@ from .contract import GradientContractError
 from .digits import digits_scores
 from .documented import described, summary
 from .images import TooManyUnreadable
+from .interruption import sigterm_as_ctrl_c
 from .plan import plan, render
 from .registry import METHODS, config_class
-from .run import RUN_FILE, RunConfig, check_run, chosen_device, load_run, open_data, run_yaml, save_student, train
+from .run import (
+    RUN_FILE,
+    RunConfig,
+    check_run,
+    chosen_device,
+    load_run,
+    open_data,
+    run_yaml,
+    save_student,
+    train,
+    was_begun,
+)
 from .teacher import Teacher
 from .world import World, world_of_environment
 
@@ -207,15 +219,23 @@ def _dry_run(run: RunConfig, as_json: bool) -> None:
 
 
 def _train(run: RunConfig, resume: bool, world: World) -> None:
+    if run.checkpoints is None:
+        _train_and_save(run, resume, world)
+        return
+    try:
+        with sigterm_as_ctrl_c():
+            _train_and_save(run, resume, world)
+    except KeyboardInterrupt:  # outside of the loop, where there is nothing to save
+        if world.is_first:
+            _say(f"ended by a signal; {_how_to_go_on(run)}")
+
+
+def _train_and_save(run: RunConfig, resume: bool, world: World) -> None:
     result = train(run, resume=resume, world=world)
     if not world.is_first:
         return
     if result.run.ended.startswith("SIG"):
-        again = shlex.join(["--config", str(run.checkpoints / RUN_FILE), "--resume"])
-        _say(
-            f"{result.run.ended} after {_counts(result.run.updates)}; go on with: fastdistill train "
-            f"{run.method.method} {again}"
-        )
+        _say(f"{result.run.ended} after {_counts(result.run.updates)}; {_how_to_go_on(run)}")
         return
     save_student(run, result)
     _say(f"{run.out}: {_counts(result.run.updates)} in {result.run.seconds:.0f} s")
@@ -227,6 +247,13 @@ def _train(run: RunConfig, resume: bool, world: World) -> None:
                 f"{scores.accuracy:.3f}, diversity {scores.diversity:.2f} (lowest digit "
                 f"{min(scores.diversity_per_digit):.2f})"
             )
+
+
+def _how_to_go_on(run: RunConfig) -> str:
+    if not was_begun(run.checkpoints):
+        return "the same command begins again"
+    again = shlex.join(["--config", str(run.checkpoints / RUN_FILE), "--resume"])
+    return f"go on with: fastdistill train {run.method.method} {again}"
 
 
 @contextlib.contextmanager

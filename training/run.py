@@ -17,7 +17,7 @@ from fastdistill.models import bundled_models, resolve_model
 from .card import student_card
 from .data import Data
 from .digits import digits_card, digits_prompts
-from .distill import Callback, Distilled, distill
+from .distill import Callback, Distilled, check_checkpoints, distill
 from .documented import commented_yaml, shown
 from .images import ImagesConfig, open_images
 from .pipelines import EXPORT_DTYPES, check_output_folder
@@ -161,8 +161,8 @@ def check_run(run: RunConfig, *, resume: bool = False, writes: bool = True) -> l
         check_output_folder(run.out)
     if resume and run.checkpoints is None:
         raise ValueError("--resume needs --checkpoints, the folder of the run to continue")
-    if resume and not any(run.checkpoints.glob("*/step-*")):
-        raise ValueError(f"--resume: there is no checkpoint in {run.checkpoints}")
+    if not (resume and was_begun(run.checkpoints)):
+        check_checkpoints(run.checkpoints, resume)
     resolve_model(run.teacher)
     if run.pairs is not None and not run.pairs.is_dir():
         raise ValueError(f"pairs {run.pairs}: no such folder")
@@ -174,6 +174,11 @@ def check_run(run: RunConfig, *, resume: bool = False, writes: bool = True) -> l
             f"{trainer.deliver!r} need figures; needed --set validation.kind=digits or reference"
         )
     return prompts
+
+
+def was_begun(checkpoints: Path) -> bool:
+    """Whether a run has come to its first update there."""
+    return (checkpoints / RUN_FILE).is_file()
 
 
 def open_data(run: RunConfig, teacher: Teacher, world: World | None = None) -> Data | None:
@@ -214,7 +219,8 @@ def train(
             pairs=run.pairs,
             callback=_Callbacks(seeing, callback, None if world is not None and not world.is_first else run),
             checkpoints=run.checkpoints,
-            resume=resume,
+            # One that was killed before its first checkpoint begins again.
+            resume=resume and any(run.checkpoints.glob("*/step-*")),
             validate=validate,
             world=world,
         )

@@ -9,7 +9,8 @@ from fastdistill.training.pairs import generate, load_pairs, verify
 from fastdistill.training.pairs.generation import Progress
 from safetensors.torch import load_file
 
-from .workers import BATCH_SIZE, CONTEXT, COUNT, described, killed_after, one_of_several
+from ..processes import CONTEXT
+from .workers import BATCH_SIZE, COUNT, described, killed_after, one_of_several
 
 
 @pytest.fixture(scope="module")
