@@ -1,4 +1,4 @@
-"""The command `fastdistill`: info, models, generate, demo, metrics, bench, tune, train, pairs, ablate.
+"""The command `fastdistill`: info, models, generate, demo, metrics, bench, tune, train, pairs, evaluate, ablate.
 
 The roof of the house: each command imports its room when it is called, so that `--help` needs neither torch nor
 diffusers. Whatever a user can get wrong ends in one line on stderr and exit code 2; Ctrl-C in one line and 130.
@@ -343,6 +343,12 @@ def train(ctx: typer.Context) -> None:
 def pairs(ctx: typer.Context) -> None:
     """Make, inspect and verify sets of a teacher's pairs: `fastdistill pairs --help` tells how."""
     _run_module("fastdistill.training.pairs", ctx.args)
+
+
+@app.command(context_settings=_PASS_ON, add_help_option=False)
+def evaluate(ctx: typer.Context) -> None:
+    """Print the figures of a model over many images: `fastdistill evaluate --help` tells how."""
+    _run_module("fastdistill.training.evaluation", ctx.args)
 
 
 @app.command()
