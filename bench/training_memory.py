@@ -39,15 +39,16 @@ PROMPTS = ("a photograph of a lighthouse", "an oil painting of a fox")
 
 _NOTHING = {"optimizer": "float32", "checkpointing": "none", "frozen": "float32", "decode": "plain", "idle": "device"}
 PLAIN = MemoryConfig(**_NOTHING)
-_BLOCKS = replace(PLAIN, checkpointing="blocks", decode="checkpointed")
+_SLICED = replace(PLAIN, decode="sliced")
 
 OPTIONS: dict[str, MemoryConfig] = {
     "no option": PLAIN,
     "8-bit moments": replace(PLAIN, optimizer="8bit"),
-    "recompute": replace(PLAIN, checkpointing="recompute"),
-    "recompute, checkpointed decode": replace(PLAIN, checkpointing="recompute", decode="checkpointed"),
-    "blocks, checkpointed decode": _BLOCKS,
-    "blocks, checkpointed decode, 8-bit moments": replace(_BLOCKS, optimizer="8bit"),
+    "checkpointed decode": replace(PLAIN, decode="checkpointed"),
+    "sliced decode": _SLICED,
+    "sliced decode, 8-bit moments": replace(_SLICED, optimizer="8bit"),
+    "sliced decode, recompute, 8-bit moments": replace(_SLICED, checkpointing="recompute", optimizer="8bit"),
+    "sliced decode, blocks, 8-bit moments": replace(_SLICED, checkpointing="blocks", optimizer="8bit"),
 }
 """What is compared with the plain loop, by the name that its row has."""
 

@@ -151,6 +151,7 @@ class DMD(Method):
         self.start = start
         self.start_point = conversion_point(self.schedule, start, self.prediction_type)
         self.distance = distance
+        self.decodes_by_sample = getattr(distance, "by_sample", False)
 
     def losses(self, role: str, step: Step) -> Losses:
         return self._student_losses(step) if role == "student" else self._fake_score_losses(step)

@@ -48,7 +48,9 @@ def economize(method: Method, memory: MemoryConfig, trained: Iterable[str]) -> N
             if role not in trained and not isinstance(network, AdapterRole):
                 _cast(network, torch.bfloat16)
         if role in _PIXELS:
-            if memory.decode != "plain":
+            if memory.decode in ("checkpointed", "tiled") or (
+                memory.decode == "sliced" and not method.decodes_by_sample
+            ):
                 _checkpoint(network)
             if memory.decode == "tiled" and hasattr(network, "enable_tiling"):
                 network.enable_tiling()

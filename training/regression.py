@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -15,6 +12,9 @@ from fastdistill.losses import LPIPS
 
 from .condition import Condition
 from .config import TrainerConfig, require
+from .economy import size_of
+from .image_distance import Distance, ImageDistance
+from .memory_config import settled
 from .method import Losses, Method, Step, Turn
 from .networks import conversion_point, predict_data
 from .pairs import Pairs, pairs_for
@@ -22,8 +22,6 @@ from .recipe import Setup
 from .teacher import Teacher
 
 REGRESSIONS = ("l2", "pixel_l2", "lpips")
-
-Distance = Callable[[Tensor, Tensor], Tensor]
 
 
 class RegressionConfig(Protocol):
@@ -39,26 +37,6 @@ class RegressionConfig(Protocol):
     guidance_scale: float
 
 
-@dataclass(frozen=True)
-class OfImages:
-    """The mean distance between the images that samples and their targets are decoded to.
-
-    Attributes:
-        decode: latents (B, ...) to images (B, 3, H, W).
-        distance: of images, a tensor whose mean is taken; no gradient reaches the targets.
-        networks: those that `decode` and `distance` use, by their names as roles.
-    """
-
-    decode: Callable[[Tensor], Tensor]
-    distance: Distance
-    networks: dict[str, nn.Module]
-
-    def __call__(self, x: Tensor, target: Tensor) -> Tensor:
-        with torch.no_grad():
-            target = self.decode(target)
-        return self.distance(self.decode(x), target).mean()
-
-
 def regression_distance(config: RegressionConfig, teacher: Teacher) -> Distance:
     """A function of samples and their targets, each (B, ...), that gives a scalar; no gradient reaches the targets.
 
@@ -70,12 +48,13 @@ def regression_distance(config: RegressionConfig, teacher: Teacher) -> Distance:
     """
     if config.regression == "l2":
         return F.mse_loss
+    by_sample = settled(config.trainer, size_of(teacher.unet)).memory.decode == "sliced"
     networks = {"decoder": teacher.pipeline.vae}
     if config.regression == "pixel_l2":
-        return OfImages(teacher.decode, F.mse_loss, networks)
-    # VGG's activations at 512 px are larger than the UNet's: its stages are computed again in the backward.
-    lpips = LPIPS(config.lpips_backbone, config.lpips_heads, no_grad="y", checkpoint=True).to(teacher.device)
-    return OfImages(teacher.decode, lpips, networks | {"lpips": lpips})
+        return ImageDistance(teacher.decode, F.mse_loss, networks, by_sample)
+    # VGG's activations at 512 px are larger than the UNet's: those of a whole batch are computed again.
+    lpips = LPIPS(config.lpips_backbone, config.lpips_heads, no_grad="y", checkpoint=not by_sample).to(teacher.device)
+    return ImageDistance(teacher.decode, lpips, networks | {"lpips": lpips}, by_sample)
 
 
 def regression_pairs(config: RegressionConfig, setup: Setup) -> Pairs:
@@ -122,6 +101,7 @@ class Regression(Method):
         schedule = schedule.to(next(student.parameters()).device)
         self.start_point = conversion_point(schedule, start, prediction_type)
         self.distance = distance
+        self.decodes_by_sample = getattr(distance, "by_sample", False)
 
     def losses(self, role: str, step: Step) -> Losses:
         batch = step.batch

@@ -34,7 +34,8 @@ def plain():
 
 
 @pytest.mark.parametrize(
-    "memory", [{"checkpointing": "blocks"}, {"checkpointing": "recompute"}, {"decode": "checkpointed"}]
+    "memory",
+    [{"checkpointing": "blocks"}, {"checkpointing": "recompute"}, {"decode": "checkpointed"}, {"decode": "sliced"}],
 )
 def test_what_is_computed_again_gives_the_same_student(plain, memory):
     found = trained(changed(CONFIG, trainer={"memory": memory}))
