@@ -48,9 +48,8 @@ def economize(method: Method, memory: MemoryConfig, trained: Iterable[str]) -> N
             if role not in trained and not isinstance(network, AdapterRole):
                 _cast(network, torch.bfloat16)
         if role in _PIXELS:
-            if memory.decode in ("checkpointed", "tiled") or (
-                memory.decode == "sliced" and not method.decodes_by_sample
-            ):
+            sliced = memory.decode == "sliced" and method.decodes_by_sample
+            if memory.decode != "plain" and not sliced:
                 _checkpoint(network)
             if memory.decode == "tiled" and hasattr(network, "enable_tiling"):
                 network.enable_tiling()
