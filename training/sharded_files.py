@@ -52,8 +52,7 @@ def read(folder: Path, into: Mapping[str, Tensor], world: World) -> None:
 
 
 def _first_of(error: BaseException) -> OSError:
-    failures = (failure for failure, _ in error.failures.values())
-    rank, failure = next(iter(error.failures)), next(failures)
+    rank, (failure, _) = next(iter(error.failures.items()))
     return OSError(f"process {rank}: {failure}")
 
 
