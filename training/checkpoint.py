@@ -95,6 +95,7 @@ def save(
     except OSError as error:
         if world.is_first:
             _clear(folder)
+        world.wait()  # all raise, when nothing is left of it
         problem = f"{target}: cannot be written ({error}); what was saved before is still there"
         raise CheckpointError(problem) from error
     if world.is_first:
