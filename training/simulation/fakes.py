@@ -1,0 +1,58 @@
+"""Networks without memory: fake tensors in place of weights, and what is made of them."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+SMALL = 4096
+"""Elements up to which a tensor that is made is real: schedules and timesteps, whose values decide what is computed."""
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+class Weightless(TorchDispatchMode):
+    """Use as a context: whatever is made from nothing within it, and is not small, is fake.
+
+    Fake tensors know shape, dtype and strides; they take no memory, and what is computed from them is fake too. What is
+    small stays real, so that code which looks at values (a schedule's end, a number drawn) runs as it is.
+    """
+
+    def __init__(self, fake: FakeTensorMode) -> None:
+        super().__init__()
+        self._fake = fake
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if any(isinstance(leaf, Tensor) for leaf in tree_leaves((args, kwargs))):
+            return function(*args, **kwargs)
+        with self._fake:
+            made = function(*args, **kwargs)
+        return made if isinstance(made, Tensor) and made.numel() > SMALL else function(*args, **kwargs)
+
+
+def fake_mode() -> FakeTensorMode:
+    """That fake tensors of one simulation share; real ones may be mixed in."""
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def fake_like(fake: FakeTensorMode, t: Tensor) -> Tensor:
+    """On the CPU, whatever device `t` is on: what it stands for is said elsewhere."""
+    with fake:
+        made = torch.empty_strided(t.size(), t.stride(), dtype=t.dtype)
+    if isinstance(t, nn.Parameter):
+        return nn.Parameter(made, requires_grad=t.requires_grad)
+    return made
+
+
+def fake_copy(fake: FakeTensorMode, module: Module) -> Module:
+    """A deep copy whose parameters and buffers are fake, but for small buffers."""
+    memo: dict[int, Any] = {id(p): fake_like(fake, p) for p in module.parameters()}
+    memo |= {id(b): fake_like(fake, b) for b in module.buffers() if b.numel() > SMALL}
+    return copy.deepcopy(module, memo)

@@ -1,0 +1,134 @@
+"""Ops on fake tensors, answered from memory: the same op on the same shapes gives the same shapes.
+
+`FakeTensorMode` has such a cache too, whose keys take longer than the rest of an op. Networks repeat few different ops
+thousands of times, so that a whole update of SDXL takes seconds.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
+
+from ..memory import TensorMemory
+
+_CPU = torch.device("cpu")
+_DEVICE = torch.ops.prim.device.default
+
+
+class FakeMemory(TensorMemory):
+    """`TensorMemory` of what is computed with the fake tensors of a mode, all of them on the CPU."""
+
+    def __init__(self, fake: FakeTensorMode) -> None:
+        super().__init__()
+        self._fake = fake
+        self._known: dict[tuple, Any] = {}
+        self._kinds: dict[Any, str] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if function is _DEVICE:  # asked for by every second line of torch
+            return _CPU
+        return super().__torch_dispatch__(function, types, args, kwargs)
+
+    def compute(self, function: Any, args: tuple, kwargs: dict) -> Any:
+        kind = self._kinds.get(function)
+        if kind is None:
+            kind = self._kinds[function] = _kind(function)
+        if kind == "other":
+            return function(*args, **kwargs)
+        key = [function]
+        try:
+            any_fake = _describe(args, key)
+            any_fake |= _describe(tuple(kwargs.items()), key)
+        except _Unknown:
+            any_fake = False
+        if not any_fake:  # as it is: real tensors are computed with
+            return function(*args, **kwargs)
+        if kind == "in_place":
+            return args[0]
+        if kind == "view":
+            with in_kernel_invocation_manager(self._fake):
+                made = function(*args, **kwargs)
+            if isinstance(made, Tensor):
+                return FakeTensor(self._fake, made, _CPU)
+            return type(made)(FakeTensor(self._fake, each, _CPU) for each in made)
+        key = tuple(key)
+        found = self._known.get(key)
+        if found is None:
+            made = function(*args, **kwargs)
+            self._known[key] = _recipe(made)
+            return made
+        if found is _NOT_REMEMBERED:
+            return function(*args, **kwargs)
+        single, parts = found
+        with in_kernel_invocation_manager(self._fake):
+            made = [
+                torch.empty_strided(part[0], part[1], dtype=part[2], device="meta") if type(part) is tuple else part
+                for part in parts
+            ]
+        made = [FakeTensor(self._fake, each, _CPU) if isinstance(each, Tensor) else each for each in made]
+        return made[0] if single else tuple(made)
+
+
+class _Unknown(Exception):
+    """Raised for arguments that are no keys; never leaves this file."""
+
+
+_NOT_REMEMBERED = object()
+_PLAIN = frozenset(
+    (int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format, complex)
+)
+
+
+def _describe(args: tuple | list, key: list[Any]) -> bool:
+    """Adds what the result's shape depends on to `key`; whether a fake tensor was among it."""
+    any_fake = False
+    for each in args:
+        kind = type(each)
+        if isinstance(each, Tensor):
+            any_fake |= kind is FakeTensor
+            key += (each.shape, each.stride(), each.dtype)
+        elif kind is tuple or kind is list:
+            key.append(len(each))
+            any_fake |= _describe(each, key)
+        elif kind in _PLAIN:
+            key += (kind, each)
+        else:
+            raise _Unknown
+    return any_fake
+
+
+def _kind(function: Any) -> str:
+    """What its schema says: "new" results, a "view", "in_place" of its first argument, or "other"."""
+    schema = function._schema
+    if torch.Tag.data_dependent_output in function.tags or torch.Tag.dynamic_output_shape in function.tags:
+        return "other"
+    if function.namespace == "prim":
+        return "other"
+    returns_alias = [r.alias_info is not None for r in schema.returns]
+    if schema.is_mutable:
+        written = [a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+        first = written == [schema.arguments[0].name] and schema.arguments[0].type.kind() == "TensorType"
+        ok = first and returns_alias == [True] and torch.Tag.inplace_view not in function.tags
+        return "in_place" if ok and schema.name.endswith("_") else "other"
+    if any(returns_alias):
+        return "view" if function.is_view and len(returns_alias) == 1 else "other"
+    kinds = {str(r.type) for r in schema.returns}
+    return "new" if kinds and kinds <= {"Tensor", "int", "float", "bool", "SymInt"} else "other"
+
+
+def _recipe(made: Any) -> Any:
+    single = not isinstance(made, tuple)
+    parts = []
+    for each in (made,) if single else made:
+        if type(each) is FakeTensor:
+            if each.device.type != "cpu" or each.storage_offset() != 0:
+                return _NOT_REMEMBERED
+            parts.append((each.shape, each.stride(), each.dtype))
+        elif each is None or type(each) in (int, float, bool):
+            parts.append(each)
+        else:
+            return _NOT_REMEMBERED
+    return single, parts
