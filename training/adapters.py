@@ -15,7 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-ATTENTION_AND_FEED_FORWARD = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2")
+LAYERS = (
+    *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
+    *("conv1", "conv2", "conv_shortcut", "time_emb_proj", "downsamplers.0.conv", "upsamplers.0.conv"),
+)
+"""Those that get adapters: of attention, feed-forward, and residual blocks, as in LCM-LoRA (arXiv 2311.05556)."""
 
 
 class SharedBase:
@@ -39,7 +43,7 @@ class SharedBase:
         rank: int,
         *,
         alpha: float | None = None,
-        target_modules: Sequence[str] = ATTENTION_AND_FEED_FORWARD,
+        target_modules: Sequence[str] = LAYERS,
     ) -> None:
         try:
             import peft
@@ -67,8 +71,27 @@ class SharedBase:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several are the point
             inject_adapter_in_model(self._config, self.network, adapter_name=unique)
+        for p in self.adapter(unique).values():
+            p.data = p.data.float()  # peft takes the base's dtype; what trains is float32
         self._freeze()
         return unique
+
+    def base_parameters(self) -> list[nn.Parameter]:
+        """Those of the network itself, whatever adapters it has."""
+        own = {id(p) for layer in self._layers() for p in layer.get_base_layer().parameters()}
+        adapted = {id(p) for layer in self._layers() for p in layer.parameters()} - own
+        return [p for p in self.network.parameters() if id(p) not in adapted]
+
+    def cast(self, dtype: torch.dtype) -> None:
+        """The network's own weights to a dtype, in place; adapters stay float32."""
+        for p in self.base_parameters():
+            p.data = p.data.to(dtype)
+
+    def remove(self) -> nn.Module:
+        """The network without any adapter, as it was given. Roles of this base are of no use any more."""
+        _without_adapters(self.network)
+        self.network.__dict__.pop("peft_config", None)
+        return self.network
 
     def adapter(self, name: str) -> dict[str, nn.Parameter]:
         """The parameters of one adapter by their names in the network, without the adapter's own."""
@@ -122,8 +145,9 @@ class SharedBase:
 class AdapterRole(nn.Module):
     """A shared base as one role sees it: called as the network, with parameters that are the adapter's alone.
 
-    So whatever trains, averages or saves a role, sees only what is its own. A deep copy is another adapter of the same
-    base, with equal weights.
+    So whatever trains, averages or saves a role, sees only what is its own; everything else of a network is the base's.
+    A deep copy is another adapter of the same base, with equal weights: a teacher that is the base itself is copied as
+    any other teacher, and the copy trains.
     """
 
     def __init__(self, base: SharedBase, name: str | None) -> None:
@@ -139,14 +163,9 @@ class AdapterRole(nn.Module):
             return self._base.network(*args, **kwargs)
 
     @property
-    def config(self) -> Any:
-        """Of the network."""
-        return self._base.network.config
-
-    @property
-    def mid_block(self) -> nn.Module:
-        """Of the network, where the head of DMD2's discriminator looks."""
-        return self._base.network.mid_block
+    def base(self) -> SharedBase:
+        """Which this role shares with others."""
+        return self._base
 
     def train(self, mode: bool = True) -> AdapterRole:
         """The base stays in evaluation mode: it is everybody's."""
@@ -160,21 +179,41 @@ class AdapterRole(nn.Module):
         """
         with self._base.active(self._name):
             network = copy.deepcopy(self._base.network)
-        from peft.tuners.tuners_utils import BaseTunerLayer
-
-        for path, layer in list(network.named_modules()):
-            if isinstance(layer, BaseTunerLayer):
-                if self._name is not None:
-                    layer.merge(adapter_names=[self._name])
-                parent, _, last = path.rpartition(".")
-                setattr(network.get_submodule(parent), last, layer.get_base_layer())
+        _without_adapters(network.float(), merge=self._name)
+        network.__dict__.pop("peft_config", None)
         return network.requires_grad_(True)
 
+    def __getattr__(self, name: str) -> Any:
+        """What the network has beside: its blocks, dtype, device."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattribute__("_base").network, name)
+
     def __deepcopy__(self, memo: dict) -> AdapterRole:
-        other = self._base.role("copy" if self._name is not None else None)
-        other.load_state_dict(self.state_dict())
+        """Another adapter, with equal weights: of the base itself one that starts as the base."""
+        other = self._base.role("copy")
+        if self._name is not None:
+            other.load_state_dict(self.state_dict())
         memo[id(self)] = other
         return other
+
+
+def _without_adapters(network: nn.Module, merge: str | None = None) -> None:
+    """Every layer as it was before it got adapters; with the weights of the adapter `merge` added."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for path, layer in list(network.named_modules()):
+        if isinstance(layer, BaseTunerLayer):
+            if merge is not None:
+                layer.merge(adapter_names=[merge])
+            parent, _, last = path.rpartition(".")
+            setattr(network.get_submodule(parent), last, layer.get_base_layer())
+
+
+def plain(network: nn.Module) -> nn.Module:
+    """A network that stands alone: a role's adapters merged into a copy of their base; any other as it is."""
+    return network.merged() if isinstance(network, AdapterRole) else network
 
 
 def adapter_state(role: AdapterRole) -> dict[str, Tensor]:

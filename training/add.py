@@ -22,10 +22,11 @@ from fastdistill.diffusion import Schedule
 from fastdistill.losses import LazyR1, add_distillation_loss, hinge_generator_loss, hinge_r1_loss, nfsd_loss
 from fastdistill.losses.nfsd import SMALL_NOISE
 
+from .adapters import AdapterRole
 from .augment import augment, augmentations
 from .condition import Condition
 from .config import RoleConfig, TrainerConfig, require, role_configs
-from .data import Data, LatentData
+from .data import Data, LatentData, networks_of
 from .discriminator import Discriminator, groups_of
 from .draws import Draws
 from .features import build_features
@@ -146,6 +147,7 @@ class ADDConfig:
             teacher.prediction_type,
             self,
             decode=teacher.decode,
+            decoder=teacher.pipeline.vae,
             text_width=0 if pooled is None else pooled.shape[1],
         )
         yield Stage("add", method, data, self.trainer, method.role_configs())
@@ -183,6 +185,7 @@ class ADDConfig:
             teacher.prediction_type,
             steps=self.teacher_steps,
             guidance_scale=self.guidance_scale,
+            batched_guidance=self.trainer.memory.guidance == "batched",
             **options,
         )
         return target, data
@@ -202,6 +205,7 @@ class ADD(Method):
         schedule, prediction_type: the student's. The schedule's last timestep becomes pure noise.
         config: see `ADDConfig`.
         decode: the student's samples (B, ...) to pixels, differentiable; None where samples have no other form.
+        decoder: the network that `decode` uses.
         text_width: of the pooled text embedding, where the discriminator is told it.
     """
 
@@ -217,6 +221,7 @@ class ADD(Method):
         config: ADDConfig,
         *,
         decode: Callable[[Tensor], Tensor] | None = None,
+        decoder: nn.Module | None = None,
         text_width: int = 0,
     ) -> None:
         device = next(student.parameters()).device
@@ -232,6 +237,8 @@ class ADD(Method):
         self.timesteps = torch.tensor(config.timesteps, device=device)
         self.start = max(config.timesteps)
         self.roles = {"student": self.student, "teacher": target.network.eval().requires_grad_(False)}
+        if decoder is not None and self._needs_pixels:
+            self.roles["decoder"] = decoder
         self.turns: tuple[Turn, ...] = (Turn("student", config.student_every),)
         if config.adversarial_weight > 0:
             self._add_discriminator(text_width, device)
@@ -425,6 +432,10 @@ class _TwoConditions:
         batch, other = (data.batch(first, draws.fork("conditions")) for data in (self.data, self.other))
         return batch | {"target_condition": other["condition"]}
 
+    @property
+    def networks(self) -> list[nn.Module]:
+        return networks_of(self.data)
+
 
 def _with_conditions(data: Data, setup: Setup, teacher: Teacher) -> Data:
     known = getattr(data, "conditions", None)
@@ -438,6 +449,8 @@ def _with_conditions(data: Data, setup: Setup, teacher: Teacher) -> Data:
 
 def _random_like(teacher: Teacher, seed: int) -> nn.Module:
     """A UNet of the teacher's architecture that has learned nothing."""
+    if isinstance(teacher.unet, AdapterRole):
+        raise ValueError('student_init "random" needs a network of its own: memory.roles "full"; got adapters')
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         unet = type(teacher.unet).from_config(teacher.unet.config)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
-PRECISIONS = ("float32", "bfloat16")
+from .memory_config import MemoryConfig
+
+PRECISIONS = ("auto", "float32", "bfloat16")
 DELIVERED = ("last", "best")
 DECAY_SHAPES = ("linear", "cosine")
 
@@ -19,7 +21,9 @@ class TrainerConfig:
         batch_size: samples per micro-batch.
         accumulation: micro-batches per update.
         ema_decay: per student update, of the average that is delivered; 0 delivers the weights themselves.
-        precision: "float32", or "bfloat16" for networks under autocast; weights, optimisers and losses stay float32.
+        precision: "float32", or "bfloat16" for networks under autocast; weights that train, optimisers and losses stay
+            float32. "auto" is settled as in `memory`.
+        memory: what is given for less of it.
         seed: of everything random. The same seed gives the same bytes on the same machine and number of threads.
         report_every: student updates between two calls of the callback.
         checkpoint_every: student updates between two checkpoints; 0 for one at the end alone.
@@ -36,7 +40,8 @@ class TrainerConfig:
     batch_size: int = 64
     accumulation: int = 1
     ema_decay: float = 0.98
-    precision: str = "float32"
+    precision: str = "auto"
+    memory: MemoryConfig = MemoryConfig()
     seed: int = 0
     report_every: int = 10
     checkpoint_every: int = 0

@@ -65,7 +65,8 @@ def nudged(network: nn.Module, relative: float = 1e-2, seed: int = 0):
     try:
         with torch.no_grad():
             for p in network.parameters():
-                scale = p.abs().mean() + 1e-3
+                mean = p.abs().mean()
+                scale = torch.where(mean == 0, 1.0, mean + 1e-3)  # the second factor of an adapter starts at zero
                 p += relative * scale * torch.randn(p.shape, generator=generator).to(p)
         yield
     finally:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .condition import Condition
 from .config import require
@@ -26,7 +26,8 @@ class Data(Protocol):
       [-1, 1], its pixels, where they are there.
     - `pair_noise`, `pair_sample` (B, …), `pair_condition`: a noise and where the teacher's ODE carries it.
 
-    A method `figures()`, where there is one, gives numbers by name for the log.
+    A method `figures()`, where there is one, gives numbers by name for the log; `networks`, where there is one, are
+    those that a batch is made with.
     """
 
     def batch(self, first: int, draws: Draws) -> dict[str, Any]:
@@ -120,6 +121,16 @@ class PromptDropout:
     def figures(self) -> dict[str, float]:
         """Those of the data."""
         return getattr(self.data, "figures", dict)()
+
+    @property
+    def networks(self) -> list[nn.Module]:
+        """Those of the data."""
+        return networks_of(self.data)
+
+
+def networks_of(data: Data) -> list[nn.Module]:
+    """What batches are made with on the device; none where everything was made before."""
+    return list(getattr(data, "networks", ()))
 
 
 def pair_batch(pairs: Pairs, conditions: Condition, draws: Draws) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,9 +12,11 @@ import torch
 
 from fastdistill import __version__
 
+from .adapters import plain
 from .card import package_commit, student_card
-from .data import Data
+from .data import Data, networks_of
 from .dmd import DMDConfig
+from .economy import restore
 from .pipelines import save_pipeline, student_pipeline
 from .recipe import MethodConfig, Setup, Stage
 from .settings import to_dict
@@ -124,7 +126,9 @@ def distill(
     setup = Setup(
         teacher, prompts, teacher.encode(prompts), images, None if pairs is None else Path(pairs), work=checkpoints
     )
-    stage, run = _run_stages(config, setup, callback, checkpoints, resume, validate, world)
+    with teacher.shared(config.trainer.memory.rank):
+        stage, run = _run_stages(config, setup, callback, checkpoints, resume, validate, world)
+        run = replace(run, student=plain(run.student))
     scheduler = stage.method.scheduler(teacher.pipeline.scheduler)
     facts = {
         "method": config.method,
@@ -171,7 +175,13 @@ def _run_stages(
         )
         if resume:
             trainer.resume()
-        run = trainer.run(callback)
+        if trainer.config.memory.idle == "cpu":
+            setup.teacher.park([*stage.method.roles.values(), *networks_of(stage.data)])
+        try:
+            run = trainer.run(callback)
+        finally:
+            restore(stage.method)
+            setup.teacher.unpark()
         if run.ended != "finished":
             return stage, run
         try:

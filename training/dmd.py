@@ -8,7 +8,7 @@ moves along the difference of the two.
 from __future__ import annotations
 
 import copy
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -29,7 +29,7 @@ from .draws import Draws
 from .method import Losses, Method, Step, Turn
 from .networks import conversion_point, predict, predict_data, predict_guided
 from .recipe import Setup, Stage
-from .regression import Distance, check_regression, regression_distance, regression_pairs
+from .regression import Distance, check_regression, decoder_of, regression_distance, regression_pairs
 from .solvers import check_solver
 
 
@@ -93,6 +93,7 @@ class DMDConfig:
             self,
             unconditional,
             distance=regression_distance(self, teacher),
+            frozen=decoder_of(self, teacher),
         )
         pairs = None
         if self.regression_weight > 0:
@@ -116,6 +117,7 @@ class DMD(Method):
         unconditional: of the empty prompt; needed for guidance.
         student, fake_score: to start from instead, and to train in place; copies of the teacher by default.
         distance: of the regression term, see `regression_distance`.
+        frozen: networks that `distance` uses, by name.
     """
 
     name = "dmd"
@@ -131,6 +133,7 @@ class DMD(Method):
         student: nn.Module | None = None,
         fake_score: nn.Module | None = None,
         distance: Distance = F.mse_loss,
+        frozen: dict[str, nn.Module] | None = None,
     ):
         last = len(schedule) - 1
         start = last if config.student_timestep is None else config.student_timestep
@@ -141,9 +144,10 @@ class DMD(Method):
         self.student = (copy.deepcopy(teacher) if student is None else student).train().requires_grad_(True)
         self.fake_score = (copy.deepcopy(teacher) if fake_score is None else fake_score).train().requires_grad_(True)
         self.roles = {"student": self.student, "teacher": self.teacher, "fake_score": self.fake_score}
+        self.roles |= {} if frozen is None else frozen
         # The fake score learns on every batch; every `critic_ratio`-th is the student's too.
         self.turns = (Turn("student", config.critic_ratio), Turn("fake_score"))
-        self.schedule = schedule.to(next(teacher.parameters()).device)
+        self.schedule = schedule.to(next(self.student.parameters()).device)
         self.prediction_type = diffusion.check_prediction_type(prediction_type)
         self.config = config
         self.unconditional = unconditional
@@ -168,10 +172,14 @@ class DMD(Method):
         x = self.generate(step.batch["noise"], step.batch["condition"])
         step.memo["x"] = x.detach()
         loss, stats = self.distribution_loss(x, step.batch["condition"], step.draws)
-        terms = {"dmd": loss}
-        if self.config.regression_weight > 0:
-            terms["regression"] = self.config.regression_weight * self.regression_loss(step.batch)
-        return Losses(terms, {"guarded": stats.guarded / x.numel()})
+        return Losses({"dmd": loss}, {"guarded": stats.guarded / x.numel()}, self._then_regression(step))
+
+    def _then_regression(self, step: Step) -> Callable[[], Losses] | None:
+        """It has a pass of the student of its own, and so a graph."""
+        weight = self.config.regression_weight
+        if weight == 0:
+            return None
+        return lambda: Losses({"regression": weight * self.regression_loss(step.batch)})
 
     def regression_loss(self, batch: Mapping[str, Any]) -> Tensor:
         """The student's distance to where the teacher's ODE carries the same noise."""
@@ -185,7 +193,15 @@ class DMD(Method):
         highest = int(self.config.max_timestep * len(self.schedule))
         with torch.no_grad():
             x_t, t, alpha, sigma, _ = self._diffuse(x, lowest, highest + 1, draws)
-            pred_real = predict_guided(self.teacher, x_t, t, condition, self.config.guidance_scale, self.unconditional)
+            pred_real = predict_guided(
+                self.teacher,
+                x_t,
+                t,
+                condition,
+                self.config.guidance_scale,
+                self.unconditional,
+                batched=self.config.trainer.memory.guidance == "batched",
+            )
             pred_fake = predict(self.fake_score, x_t, t, condition)
         return dmd_loss(
             x, x_t, pred_real, pred_fake, alpha, sigma, prediction_type=self.prediction_type, return_stats=True

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from fastdistill import diffusion
 from fastdistill.diffusion import Schedule
-from fastdistill.losses import denoising_loss, softplus_discriminator_loss, softplus_generator_loss
+from fastdistill.losses import denoising_loss, softplus_generator_loss
 
 from .condition import Condition
 from .config import RoleConfig, TrainerConfig, require, role_configs
-from .data import Data, PromptData
+from .data import Data, PromptData, networks_of
 from .dmd import DMD
 from .draws import Draws
 from .fake_score import FakeScore, mid_block_head
@@ -31,7 +31,14 @@ from .method import Losses, Step
 from .networks import conversion_point, predict, predict_data
 from .pipelines import renoising_scheduler
 from .recipe import Setup, Stage
-from .regression import Distance, Regression, check_regression, regression_distance, regression_pairs
+from .regression import (
+    Distance,
+    Regression,
+    check_regression,
+    decoder_of,
+    regression_distance,
+    regression_pairs,
+)
 from .solvers import check_solver
 
 
@@ -122,7 +129,7 @@ class DMD2Config:
             renoising_scheduler(teacher.pipeline.scheduler, self.student_steps)  # raises before the training, not after
         unconditional = teacher.unconditional if self.guidance_scale != 1 else None
         data = setup.needed_images(self.method) if self.gan_weight > 0 else None
-        distance = regression_distance(self, teacher)
+        distance, decoder = regression_distance(self, teacher), decoder_of(self, teacher)
         student, fake_score = copy.deepcopy(teacher.unet), copy.deepcopy(teacher.unet)
         if self.gan_weight > 0:
             with torch.random.fork_rng(devices=[]):
@@ -133,7 +140,9 @@ class DMD2Config:
             pairs = regression_pairs(self, setup)
         paired = PromptData(setup.conditions, teacher.sample_shape, pairs)
         if self.warm_up_updates > 0:
-            warm_up = Regression(student, teacher.schedule, teacher.prediction_type, self.student_timestep, distance)
+            warm_up = Regression(
+                student, teacher.schedule, teacher.prediction_type, self.student_timestep, distance, decoder
+            )
             trainer = replace(self.trainer, updates=self.warm_up_updates)
             student = yield Stage("dmd2-warm-up", warm_up, paired, trainer, {"student": self.student}, is_last=False)
         method = DMD2(
@@ -145,6 +154,7 @@ class DMD2Config:
             student=student,
             fake_score=fake_score,
             distance=distance,
+            frozen=decoder if self.regression_weight > 0 else None,
         )
         if data is None:
             data = paired
@@ -177,6 +187,7 @@ class DMD2(DMD):
         student: nn.Module | None = None,
         fake_score: nn.Module | None = None,
         distance: Distance = F.mse_loss,
+        frozen: dict[str, nn.Module] | None = None,
     ) -> None:
         if config.gan_weight > 0 and not isinstance(fake_score, FakeScore):
             raise ValueError(
@@ -195,6 +206,7 @@ class DMD2(DMD):
             student=student,
             fake_score=fake_score,
             distance=distance,
+            frozen=frozen,
         )
         self.steps = tuple(config.student_steps)
         self.levels = [self.schedule.at(t) for t in self.steps]
@@ -251,12 +263,10 @@ class DMD2(DMD):
         if config.gan_weight > 0:
             x_t, t, *_ = self._diffuse(x, 0, len(self.schedule), step.draws.fork("gan"))
             terms["gan"] = config.gan_weight * softplus_generator_loss(self.fake_score.logits(x_t, t, condition))
-        if config.regression_weight > 0:
-            terms["regression"] = config.regression_weight * self.regression_loss(step.batch)
-        return Losses(terms, logs)
+        return Losses(terms, logs, self._then_regression(step))
 
     def _fake_score_losses(self, step: Step) -> Losses:
-        """The denoising loss on the student's samples, and the discriminator's: one pass serves both."""
+        """The denoising loss on the student's samples and the discriminator's, by one pass; then that of real ones."""
         config, condition = self.config, step.batch["condition"]
         if "x" not in step.memo:
             with torch.no_grad():
@@ -267,18 +277,25 @@ class DMD2(DMD):
         if config.gan_weight == 0:
             pred = predict(self.fake_score, x_t, t, condition)
         elif config.distribution_weight == 0:
-            fake_logits = self.fake_score.logits(x_t, t, condition)
+            logits = self.fake_score.logits(x_t, t, condition)
         else:
-            pred, fake_logits = self.fake_score.predict_with_logits(x_t, t, condition)
+            pred, logits = self.fake_score.predict_with_logits(x_t, t, condition)
         if config.distribution_weight > 0:
             terms["fake_score"] = denoising_loss(pred, x, noise, alpha, sigma, prediction_type=self.prediction_type)
-        if config.gan_weight > 0:
-            real_t, t, *_ = self._diffuse(self._real(step), 0, len(self.schedule), step.draws.fork("real"))
-            real_logits = self.fake_score.logits(real_t, t, condition)
-            loss, stats = softplus_discriminator_loss(real_logits, fake_logits, return_stats=True)
-            terms["discriminator"] = config.critic_gan_weight * loss
-            logs |= {"real_right": stats.real.positive, "fake_right": stats.fake.negative}
-        return Losses(terms, logs)
+        if config.gan_weight == 0:
+            return Losses(terms)
+        loss, stats = softplus_generator_loss(-logits, return_stats=True)
+        terms["discriminator_fake"] = config.critic_gan_weight * loss
+        logs["fake_right"] = stats.positive
+        return Losses(terms, logs, lambda: self._discriminator_real(step))
+
+    def _discriminator_real(self, step: Step) -> Losses:
+        """The discriminator's other half: softplus(-logits) of real samples, as softplus(logits) of generated ones."""
+        condition = step.batch["condition"]
+        x_t, t, *_ = self._diffuse(self._real(step), 0, len(self.schedule), step.draws.fork("real"))
+        logits = self.fake_score.logits(x_t, t, condition)
+        loss, stats = softplus_generator_loss(logits, return_stats=True)
+        return Losses({"discriminator_real": self.config.critic_gan_weight * loss}, {"real_right": stats.positive})
 
     def _real(self, step: Step) -> Tensor:
         if "data" not in step.batch:
@@ -297,3 +314,8 @@ class Together:
         for number, source in enumerate(self.sources):
             batch |= source.batch(first, draws.fork(str(number)))
         return batch
+
+    @property
+    def networks(self) -> list[nn.Module]:
+        """Those of all."""
+        return [network for source in self.sources for network in networks_of(source)]

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from fastdistill import diffusion
 from fastdistill.losses import flow_interpolate, flow_matching_loss
 
+from .adapters import AdapterRole
 from .condition import Condition
 from .config import RoleConfig, TrainerConfig, require, role_configs
 from .data import PromptData
@@ -177,6 +178,8 @@ def stacked(network: nn.Module) -> nn.Module:
     """Two UNets in series from one; a stack as it is."""
     from fastdistill.models.stacked import StackedUNet
 
+    if isinstance(network, AdapterRole):
+        raise ValueError('network "stacked" needs networks of its own: memory.roles "full"; got adapters')
     return network if isinstance(network, StackedUNet) else StackedUNet.from_unet(network)
 
 

@@ -30,7 +30,8 @@ class InstaFlowConfig:
     """Everything that an InstaFlow depends on beside its teacher and its prompts.
 
     Attributes:
-        trainer: of the distillation by squared error. Its seed is the whole run's; `reflow.trainer.seed` is not used.
+        trainer: of the distillation by squared error. Its seed, precision and memory are the whole run's; those of
+            `reflow.trainer` are not used.
         student: of the one-step student's optimiser.
         reflow: of what comes before. Pairs, solver, guidance and parameterisation of the distillation are those of
             the flow that it leaves; `reflow.rectifications = 0` distils the teacher directly, which the paper shows
@@ -63,7 +64,8 @@ class InstaFlowConfig:
     def stages(self, setup: Setup) -> Generator[Stage, nn.Module, None]:
         """Those of reflow, then the distillation by squared error, then the one by LPIPS."""
         lpips = self._lpips(setup)
-        reflow = replace(self.reflow, trainer=replace(self.reflow.trainer, seed=self.trainer.seed))
+        common = {"seed": self.trainer.seed, "memory": self.trainer.memory, "precision": self.trainer.precision}
+        reflow = replace(self.reflow, trainer=replace(self.reflow.trainer, **common))
         flow = yield from rectify(reflow, setup, delivers=False)
         pairs = flow_pairs(flow, reflow, setup, reflow.rectifications + 1)
         data = PromptData(setup.conditions, setup.teacher.sample_shape, pairs)

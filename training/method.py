@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -54,10 +54,20 @@ class Losses:
     Attributes:
         terms: scalars, weighted; their sum is what the role descends, and each alone must give it a gradient.
         logs: further figures for the log, without gradient. Scalars on the device.
+        then: computes the turn's other terms, which have no graph in common with these: it is called when these are
+            differentiated and their graph is gone, so that the two never take memory together.
     """
 
     terms: dict[str, Tensor]
     logs: dict[str, Tensor] = field(default_factory=dict)
+    then: Callable[[], Losses] | None = None
+
+    def whole(self) -> Losses:
+        """All terms at once."""
+        if self.then is None:
+            return self
+        rest = self.then().whole()
+        return Losses(self.terms | rest.terms, self.logs | rest.logs)
 
 
 class Method(ABC):

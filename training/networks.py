@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from fastdistill import diffusion
 from fastdistill.diffusion import Schedule
 
-from .condition import Condition
+from .condition import Condition, cat
 
 
 def predict(network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
@@ -29,19 +29,24 @@ def predict_guided(
     condition: Condition,
     guidance_scale: float = 1.0,
     unconditional: Condition | None = None,
+    *,
+    batched: bool = False,
 ) -> Tensor:
     """`predict` with classifier-free guidance, unless `guidance_scale` is 1; `unconditional` is of one sample.
 
-    Two passes, one after the other: the guided teacher needs no more memory than the unguided one. The unconditional
-    branch keeps the sizes of `condition`.
+    Two passes, one after the other: the guided teacher needs no more memory than the unguided one. `batched` makes them
+    one pass of twice the batch. The unconditional branch keeps the sizes of `condition`.
     """
-    conditional = predict(network, x_t, t, condition)
     if guidance_scale == 1:
-        return conditional
+        return predict(network, x_t, t, condition)
     if unconditional is None:
         raise ValueError(f"guidance_scale {guidance_scale} needs `unconditional`, the condition of the empty prompt")
     empty = unconditional.expand(len(condition))
     empty = Condition(empty.states, empty.pooled, condition.time_ids)
+    if batched:
+        both = predict(network, torch.cat([x_t, x_t]), torch.cat([t, t]), cat([empty, condition]))
+        return diffusion.guide(*both.chunk(2), guidance_scale)
+    conditional = predict(network, x_t, t, condition)
     return diffusion.guide(predict(network, x_t, t, empty), conditional, guidance_scale)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .activations import SavedTensors
 from .data import Data
 from .draws import Draws
+from .economy import restore
 from .method import Step, Turn
 from .recipe import MethodConfig, Setup, Stage
 from .settings import changed, from_settings, leaves
@@ -139,15 +140,17 @@ def plan(
     setup = Setup(teacher, prompts, teacher.encode(prompts), images, None if pairs is None else Path(pairs))
     short, share = _rehearsal(config)
     stages, found, student = short.stages(setup), [], None
-    while True:
-        start = time.perf_counter()
-        try:
-            stage = next(stages) if student is None else stages.send(student)
-        except StopIteration:
-            break
-        prepared = (time.perf_counter() - start) / share
-        stage_plan, student = _plan_stage(stage, prepared)
-        found.append(stage_plan)
+    with teacher.shared(config.trainer.memory.rank):
+        while True:
+            start = time.perf_counter()
+            try:
+                stage = next(stages) if student is None else stages.send(student)
+            except StopIteration:
+                break
+            prepared = (time.perf_counter() - start) / share
+            stage_plan, student = _plan_stage(stage, prepared)
+            restore(stage.method)
+            found.append(stage_plan)
     parts = {
         name: _bytes([*part.parameters(), *part.buffers()], set())
         for name, part in teacher.pipeline.components.items()
@@ -249,7 +252,7 @@ def _saved_bytes(stage: Stage, turn: Turn) -> int:
     owned = [t for network in method.roles.values() for t in (*network.parameters(), *network.buffers())]
     autocast = torch.autocast(device.type, torch.bfloat16) if trainer.precision == "bfloat16" else nullcontext()
     with torch.random.fork_rng(), only(turn.role, method), SavedTensors(owned) as saved, autocast:
-        losses = method.losses(turn.kind, step)
+        losses = method.losses(turn.kind, step).whole()
     del losses
     return saved.nbytes
 

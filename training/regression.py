@@ -30,6 +30,7 @@ class RegressionConfig(Protocol):
 
     trainer: TrainerConfig
     regression: str
+    regression_weight: float
     lpips_backbone: str | None
     lpips_heads: str | None
     pairs: int
@@ -63,6 +64,12 @@ def regression_distance(config: RegressionConfig, teacher: Teacher) -> Distance:
     return of_images
 
 
+def decoder_of(config: RegressionConfig, teacher: Teacher) -> dict[str, nn.Module]:
+    """The VAE, as the role that it has where the distance is one of images."""
+    used = config.regression_weight > 0 or getattr(config, "warm_up_updates", 0) > 0
+    return {"decoder": teacher.pipeline.vae} if used and config.regression != "l2" else {}
+
+
 def regression_pairs(config: RegressionConfig, setup: Setup) -> Pairs:
     """What the term learns from: the pairs that the run was given, else those that the configuration asks for."""
     return pairs_for(
@@ -93,14 +100,21 @@ class Regression(Method):
         schedule, prediction_type: the teacher's.
         start: the timestep at which the student is called, its input being unit noise.
         distance: see `regression_distance`.
+        frozen: networks that `distance` uses, by name.
     """
 
     name = "regression"
 
     def __init__(
-        self, student: nn.Module, schedule: Schedule, prediction_type: str, start: int, distance: Distance = F.mse_loss
+        self,
+        student: nn.Module,
+        schedule: Schedule,
+        prediction_type: str,
+        start: int,
+        distance: Distance = F.mse_loss,
+        frozen: dict[str, nn.Module] | None = None,
     ) -> None:
-        self.roles = {"student": student.train().requires_grad_(True)}
+        self.roles = {"student": student.train().requires_grad_(True), **(frozen or {})}
         self.turns = (Turn("student"),)
         self.prediction_type = prediction_type
         self.start = start

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -61,16 +62,38 @@ def sample(
     height, width = (side, side) if isinstance(side, int) else side
     shape = (len(prompts), unet.config.in_channels, height, width)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(unet.device, unet.dtype)
+    # A network that is held in bfloat16 while others are not computes as it does in training.
+    bfloat16 = torch.autocast(unet.device.type, torch.bfloat16, enabled=unet.dtype == torch.bfloat16)
     images = []
-    for first in range(0, len(prompts), batch_size):
-        images += pipeline(
-            list(prompts[first : first + batch_size]),
-            num_inference_steps=steps,
-            guidance_scale=guidance_scale,
-            latents=noise[first : first + batch_size],
-            height=height * pipeline.vae_scale_factor,
-            width=width * pipeline.vae_scale_factor,
-            generator=torch.Generator().manual_seed(seed * 1_000_003 + first + 1),
-            output_type="pt",
-        ).images
+    with at_hand(pipeline), bfloat16:
+        for first in range(0, len(prompts), batch_size):
+            images += pipeline(
+                list(prompts[first : first + batch_size]),
+                num_inference_steps=steps,
+                guidance_scale=guidance_scale,
+                latents=noise[first : first + batch_size],
+                height=height * pipeline.vae_scale_factor,
+                width=width * pipeline.vae_scale_factor,
+                generator=torch.Generator().manual_seed(seed * 1_000_003 + first + 1),
+                output_type="pt",
+            ).images
     return torch.stack(images).float().cpu() * 2 - 1
+
+
+@contextmanager
+def at_hand(pipeline: DiffusionPipeline) -> Iterator[None]:
+    """Within, parts of the pipeline that wait on the host are on its UNet's device."""
+    device = pipeline.unet.device
+    networks = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
+    away = [network for network in networks if _device(network) not in (None, device)]
+    for part in away:
+        part.to(device)
+    try:
+        yield
+    finally:
+        for part in away:
+            part.to("cpu")
+
+
+def _device(network: nn.Module) -> torch.device | None:
+    return next((p.device for p in network.parameters()), None)

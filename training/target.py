@@ -28,6 +28,7 @@ class Target:
         guidance_scale, unconditional: classifier-free guidance, 1 for none, and the condition of the empty prompt.
         negative: the condition of what images shall not be, one sample, for noise-free score distillation.
         condition: the name in a batch of the conditions that this network understands.
+        batched_guidance: both passes of guidance at once.
     """
 
     network: nn.Module
@@ -40,12 +41,21 @@ class Target:
     unconditional: Condition | None = None
     negative: Condition | None = None
     condition: str = "condition"
+    batched_guidance: bool = False
 
     @torch.no_grad()
     def denoise(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """The data (B, ...) that x_t (B, ...) at timesteps t (B,) comes from, in `steps` equal DDIM steps (eta = 0)."""
         for left in range(self.steps, 0, -1):
-            pred = predict_guided(self.network, x_t, t, condition, self.guidance_scale, self.unconditional)
+            pred = predict_guided(
+                self.network,
+                x_t,
+                t,
+                condition,
+                self.guidance_scale,
+                self.unconditional,
+                batched=self.batched_guidance,
+            )
             point = conversion_point(self.schedule, t, self.prediction_type)
             if left == 1:
                 break

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from .config import RoleConfig, TrainerConfig
 from .contract import check_gradient_contract
 from .data import Data
 from .draws import Draws
+from .economy import bases, economize, size_of
 from .interruption import Interruption
+from .memory_config import settled
 from .method import Losses, Method, Step, Turn
 from .progress import Run, TrainingProgress, Validation
 from .updates import EMA, RoleUpdater, warm_up_then_decay
@@ -37,7 +40,7 @@ class Trainer:
     Args:
         method: roles, turns, losses.
         data: where batches come from.
-        config: of the run.
+        config: of the run; what is "auto" there is settled here, by the size of the student.
         roles: of each role that trains.
         folder: where checkpoints go; None keeps none. With a folder, SIGTERM and SIGINT end the run after the iteration
             that it is in, with a checkpoint.
@@ -65,13 +68,16 @@ class Trainer:
         trained = list(dict.fromkeys(turn.role for turn in method.turns))
         if sorted(roles) != sorted(trained):
             raise ValueError(f"roles: configured are {sorted(roles)}; {method.name} trains {sorted(trained)}")
+        self.student = trained[0]
+        config = settled(config, size_of(method.roles[self.student]))
         self.method, self.data, self.config = method, data, config
         self.folder = None if folder is None else Path(folder)
         self.validate, self.stage, self.world = validate, stage or method.name, world or World()
         for role, network in method.roles.items():
             network.requires_grad_(role in trained)
-        self.student = trained[0]
+        # The average is a plain copy: it is delivered.
         self.average = EMA(method.roles[self.student], config.ema_decay)
+        economize(method, config.memory, trained)
         self.updaters = {role: self._updater(role, roles[role]) for role in trained}
         self.iteration = 0
         self.samples = 0
@@ -134,16 +140,23 @@ class Trainer:
         total: Tensor | float = 0.0
         with only(turn.role, self.method):
             for step in steps:
-                losses = self._losses(turn, step)
-                loss = sum(losses.terms.values()) / len(steps)
-                loss.backward()
-                total = total + loss.detach()
-                self.losses |= {name: value.detach() for name, value in (losses.terms | losses.logs).items()}
+                for losses in self._parts(turn, step):
+                    loss = sum(losses.terms.values()) / len(steps)
+                    loss.backward()
+                    total = total + loss.detach()
+                    self.losses |= {name: value.detach() for name, value in (losses.terms | losses.logs).items()}
+                    del losses, loss  # with their graph, before the next part's is made
         self.updaters[turn.role].step(total)
 
-    def _losses(self, turn: Turn, step: Step) -> Losses:
-        with torch.autocast(step.draws.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
-            return self.method.losses(turn.kind, _at(step, turn.kind))
+    def _parts(self, turn: Turn, step: Step) -> Iterator[Losses]:
+        """The losses of a turn, each computed when the one before is done with."""
+        compute: Callable[[], Losses] | None = partial(self.method.losses, turn.kind, _at(step, turn.kind))
+        while compute is not None:
+            with torch.autocast(step.draws.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
+                losses = compute()
+            compute = losses.then
+            yield losses
+            del losses
 
     def save(self) -> Path | None:
         """Write a checkpoint of the run as it stands. Resuming it continues as if nothing had happened.
@@ -258,6 +271,7 @@ class Trainer:
             betas=(config.beta1, config.beta2),
             weight_decay=config.weight_decay,
             max_grad_norm=config.max_grad_norm,
+            state_bits=8 if self.config.memory.optimizer == "8bit" else 32,
             schedule=warm_up_then_decay(planned, config.warm_up, config.decay, config.decay_shape, config.lowest),
             explosion=self.config.explosion,
             average=self.average if role == self.student else None,
@@ -273,13 +287,18 @@ class Trainer:
                 check_gradient_contract(self.method.roles, self._terms(turn, step))
 
     def _terms(self, turn: Turn, step: Step) -> dict[str, tuple[str, Callable[[], Tensor]]]:
-        def compute() -> dict[str, Tensor]:
+        def compute(wanted: str | None = None) -> dict[str, Tensor]:
+            terms: dict[str, Tensor] = {}
             with only(turn.role, self.method):
                 # With an empty memo: what an earlier turn left there would hide how the sample is made.
-                return self._losses(turn, replace(step, memo={})).terms
+                for losses in self._parts(turn, replace(step, memo={})):
+                    if wanted in losses.terms:
+                        return losses.terms
+                    terms |= losses.terms
+            return terms
 
         def one(name: str) -> Callable[[], Tensor]:
-            return lambda: compute()[name]
+            return lambda: compute(name)[name]
 
         with torch.no_grad():
             names = list(compute())
@@ -313,6 +332,8 @@ class Trainer:
         config = asdict(self.config)
         for free in _FREE:
             config.pop(free)
+        # The rest of it changes where numbers are kept, and nothing but their rounding.
+        config["memory"] = {name: config["memory"][name] for name in ("roles", "optimizer")}
         networks = {role: _architecture(self.method.roles[role]) for role in self.updaters}
         return {"method": self.method.name, "facts": self.method.facts(), "config": config, "networks": networks}
 
@@ -355,7 +376,9 @@ def _device(roles: dict[str, nn.Module]) -> torch.device:
 def _architecture(network: nn.Module) -> dict[str, list]:
     """Class, and how many parameters of how many values: enough to tell networks apart, short enough to read."""
     sizes = [p.numel() for p in network.parameters()]
-    return {"class": type(network).__name__, "parameters": len(sizes), "values": sum(sizes)}
+    found = {"class": type(network).__name__, "parameters": len(sizes), "values": sum(sizes)}
+    base = sum(p.numel() for base in bases(network) for p in base.base_parameters())
+    return found | ({"base": base} if base else {})
 
 
 def _differences(theirs: dict, ours: dict, place: str = "") -> list[str]:

@@ -35,12 +35,14 @@ class RoleUpdater:
         weight_decay: float,
         max_grad_norm: float,
         schedule: Callable[[int], float],
+        state_bits: int = 32,
         explosion: float = 0.0,
         average: EMA | None = None,
         world: World | None = None,
     ):
         """`schedule(n)` is the factor of the learning rate at update n, counted from 0; `average` follows `network`.
 
+        state_bits: of AdamW's moments, 32 or 8.
         explosion: see `LossGuard`.
         world: the processes whose gradients are averaged.
         """
@@ -52,6 +54,7 @@ class RoleUpdater:
             betas=betas,
             weight_decay=weight_decay,
             max_grad_norm=max_grad_norm,
+            state_bits=state_bits,
             ema=None if averages is None else [averages[name] for name, _ in trained],
         )
         self.network, self.average, self.world = network, average, world or World()

@@ -169,9 +169,9 @@ def test_one_pass_of_the_fake_score_serves_denoising_and_discriminator():
 def test_each_role_descends_the_terms_of_the_paper():
     method = dmd2(changed(QUICK, gan_weight=0.5, critic_gan_weight=0.25))
     at = step()
-    student, critic = method.losses("student", at), method.losses("fake_score", at)
+    student, critic = method.losses("student", at), method.losses("fake_score", at).whole()
     assert set(student.terms) == {"dmd", "gan"}
-    assert set(critic.terms) == {"fake_score", "discriminator"}
+    assert set(critic.terms) == {"fake_score", "discriminator_fake", "discriminator_real"}
     # By hand, from the same numbers.
     x, draws, condition = at.memo["x"], at.draws, at.batch["condition"]
     t, noise = (gan := draws.fork("gan")).randint(0, 1000), gan.randn(2)
@@ -185,7 +185,8 @@ def test_each_role_descends_the_terms_of_the_paper():
     t, noise = fresh.draws.randint(0, 1000), fresh.draws.randn(2)
     fake_logits = method.fake_score.logits(diffusion.add_noise(x, noise, *method.schedule.at(t)), t, condition)
     expected = nn.functional.softplus(-real_logits).mean() + nn.functional.softplus(fake_logits).mean()
-    torch.testing.assert_close(critic.terms["discriminator"], 0.25 * expected)
+    found = critic.terms["discriminator_fake"] + critic.terms["discriminator_real"]
+    torch.testing.assert_close(found, 0.25 * expected)
 
 
 def test_without_a_gan_no_real_data_are_needed_and_without_the_distribution_loss_no_score():
@@ -196,10 +197,10 @@ def test_without_a_gan_no_real_data_are_needed_and_without_the_distribution_loss
     assert set(alone.losses("fake_score", Step(batch, draws)).terms) == {"fake_score"}
     gan = dmd2(changed(QUICK, distribution_weight=0))
     assert set(gan.losses("student", step()).terms) == {"gan"}
-    assert set(gan.losses("fake_score", step()).terms) == {"discriminator"}
+    assert set(gan.losses("fake_score", step()).whole().terms) == {"discriminator_fake", "discriminator_real"}
     assert gan.teacher.calls == gan.fake_score.network.finished == 0
     with pytest.raises(ValueError, match=r"gan_weight 0\.003 needs real samples; the data has none"):
-        dmd2().losses("fake_score", Step(batch, draws))
+        dmd2().losses("fake_score", Step(batch, draws)).whole()
 
 
 def test_the_gan_alone_carries_the_student_to_the_real_data_and_not_to_the_teachers():
@@ -219,7 +220,7 @@ def test_the_gan_alone_carries_the_student_to_the_real_data_and_not_to_the_teach
 
 def test_the_discriminators_term_trains_the_head_and_the_network_up_to_its_middle():
     method = dmd2()
-    method.losses("fake_score", step()).terms["discriminator"].backward()
+    method.losses("fake_score", step()).whole().terms["discriminator_real"].backward()
     assert bool(method.fake_score.head.weight.grad.any())
     assert bool(method.fake_score.network.mid_block[0].weight.grad.any())
     assert method.fake_score.network.mean.grad is None
@@ -303,7 +304,7 @@ def test_the_regression_term_joins_where_it_has_a_weight():
     pairs = make_pairs(method.teacher, CONDITIONS, method.schedule, "sample", count=8, sample_shape=SHAPE, steps=4)
     draws = Draws(0, batch_size=8)
     batch = PromptData(CONDITIONS, SHAPE, pairs).batch(0, draws)
-    term = method.losses("student", Step(batch, draws)).terms["regression"]
+    term = method.losses("student", Step(batch, draws)).whole().terms["regression"]
     carried = method.generate(batch["pair_noise"], batch["pair_condition"])
     torch.testing.assert_close(term, 0.25 * (carried - batch["pair_sample"]).square().mean())
 

@@ -288,7 +288,7 @@ def test_the_paired_data_join_the_real_ones_where_both_are_needed():
     setup = Setup(teacher, tuple(PROMPTS), encoded, LatentData(samples, encoded, captions))
     stage = next(changed(QUICK, regression_weight=0.5).stages(setup))
     batch = stage.data.batch(0, Draws(0, batch_size=4))
-    terms = stage.method.losses("student", Step(batch, Draws(1, batch_size=4))).terms
+    terms = stage.method.losses("student", Step(batch, Draws(1, batch_size=4))).whole().terms
     assert set(terms) == {"dmd", "gan", "regression"}
     real = next(row for row in range(12) if torch.equal(samples[row], batch["data"][0]))
     assert torch.equal(batch["condition"].states[0], encoded.states[captions[real, 0]])
@@ -327,7 +327,7 @@ def test_the_regression_term_may_compare_decoded_images(kind, monkeypatch):
     stage = next(config.stages(Setup(teacher, tuple(PROMPTS), encoded)))
     batch = stage.data.batch(0, Draws(0, batch_size=4))
     assert isinstance(stage.data, PromptData)
-    term = stage.method.losses("student", Step(batch, Draws(1, batch_size=4))).terms["regression"]
+    term = stage.method.losses("student", Step(batch, Draws(1, batch_size=4))).whole().terms["regression"]
     x = teacher.decode(stage.method.generate(batch["pair_noise"], batch["pair_condition"]))
     off = x - teacher.decode(batch["pair_sample"])
     expected = off.square().mean() if kind == "pixel_l2" else off.abs().mean()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..condition import Condition
 from ..config import require
@@ -46,6 +46,12 @@ class ImageData:
         data = self.teacher.encode_images(image)
         noise = draws.randn(*data.shape[1:]).to(data)
         return {"noise": noise, "condition": with_sizes(condition, sizes), "data": data, "image": image}
+
+    @property
+    def networks(self) -> list[nn.Module]:
+        """The teacher's encoders."""
+        parts = (getattr(self.teacher.pipeline, name, None) for name in ("vae", "text_encoder", "text_encoder_2"))
+        return [part for part in parts if part is not None]
 
     def figures(self) -> dict[str, float]:
         """For the log: how many images could not be read so far."""
