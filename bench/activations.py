@@ -6,7 +6,6 @@ Counted under fake tensors: nothing is computed, no weights are needed, and a fu
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -21,7 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from fastdistill.models.architectures import UNETS, unet_inputs
+from fastdistill.models import ModelError, resolve_architecture
+from fastdistill.models.architectures import Architecture, build_networks, unet_inputs
 from fastdistill.nn import patch, unpatch
 
 # FlopCounterMode knows the attention of GPUs alone.
@@ -59,11 +59,12 @@ class _PointwiseValues(TorchDispatchMode):
         return result
 
 
-def measure(arch: str, batch: int, resolution: int, dtype: torch.dtype) -> Iterator[Measured]:
+def measure(arch: str | Architecture, batch: int, resolution: int, dtype: torch.dtype) -> Iterator[Measured]:
     """Diffusers' UNet as it is, patched, patched with recompute, and with full gradient checkpointing."""
+    if isinstance(arch, str):
+        arch = resolve_architecture(arch)
     with FakeTensorMode():
-        with _default_dtype(dtype):
-            unet = UNet2DConditionModel(**UNETS[arch]).train()
+        unet = build_networks(arch, dtype, ["unet"])["unet"].train()
         yield _measure("diffusers", unet, arch, batch, resolution, dtype)
         patch(unet)
         yield _measure("patched", unet, arch, batch, resolution, dtype)
@@ -84,7 +85,7 @@ def measure(arch: str, batch: int, resolution: int, dtype: torch.dtype) -> Itera
 def _measure(
     name: str,
     unet: UNet2DConditionModel,
-    arch: str,
+    arch: Architecture,
     batch: int,
     resolution: int,
     dtype: torch.dtype,
@@ -103,30 +104,22 @@ def _measure(
     return Measured(name, saved.nbytes, flops.get_total_flops() + POINTWISE_FLOPS * pointwise.values)
 
 
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
 @app.command()
 def activations(
-    arch: Annotated[str, typer.Option(help=f"of {', '.join(UNETS)}")] = "sd15",
+    arch: Annotated[str, typer.Option(help="a name that `fastdistill models` lists, or a pipeline folder")] = "sd15",
     batch: Annotated[int, typer.Option(min=1)] = 4,
     resolution: Annotated[int, typer.Option(min=8, help="pixels, a multiple of 8")] = 512,
     dtype: Annotated[str, typer.Option(help=f"of {', '.join(_DTYPES)}")] = "bfloat16",
 ) -> None:
     """Print what a UNet keeps for its backward pass: as it is, patched, with recompute, with checkpointing."""
-    if arch not in UNETS:
-        raise typer.BadParameter(f"{arch!r}: unknown; known: {', '.join(UNETS)}", param_hint="--arch")
+    try:
+        architecture = resolve_architecture(arch)
+    except ModelError as error:
+        raise typer.BadParameter(str(error), param_hint="--arch") from error
     if dtype not in _DTYPES:
         raise typer.BadParameter(f"{dtype!r}: unknown; known: {', '.join(_DTYPES)}", param_hint="--dtype")
     if resolution % 8:
@@ -135,7 +128,7 @@ def activations(
     for heading, justify in (("", "left"), ("saved GiB", "right"), ("of diffusers", "right"), ("arithmetic", "right")):
         table.add_column(heading, justify=justify, no_wrap=True)
     first = None
-    for row in measure(arch, batch, resolution, _DTYPES[dtype]):
+    for row in measure(architecture, batch, resolution, _DTYPES[dtype]):
         first = first or row
         table.add_row(
             row.name,

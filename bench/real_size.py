@@ -24,7 +24,7 @@ from fastdistill.training import ADDConfig, LatentData, MethodConfig, Setup, Sta
 from rich.console import Console
 from rich.table import Table
 
-from fastdistill.models.architectures import TEXT_TOKENS, UNETS, VAE
+from fastdistill.models import ARCHITECTURES, build
 from fastdistill.models.loading import quiet_libraries
 
 from . import environment
@@ -35,25 +35,8 @@ from .training import CASES
 PROMPTS = ("a photograph of a lighthouse", "an oil painting of a fox")
 
 
-@dataclass(frozen=True)
-class Size:
-    """Arguments of `UNet2DConditionModel`, `AutoencoderKL`, `CLIPTextConfig`, and for ADD's features `ViTConfig`."""
-
-    unet: dict[str, object]
-    vae: dict[str, object]
-    text: dict[str, object]
-    vit: dict[str, object]
-
-
-_CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
-_OPEN_CLIP_H = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23, "num_attention_heads": 16}
-# ViT-S/16 at 224 pixels: DINO's, which StyleGAN-T and ADD-M judge with.
-_VIT_S = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 12, "num_attention_heads": 6}
-
-SIZES: dict[str, Size] = {
-    "sd15": Size(UNETS["sd15"], VAE, _CLIP_L, _VIT_S),
-    "sd21": Size(UNETS["sd21"], VAE, _OPEN_CLIP_H, _VIT_S),
-}
+# Of ADD's features: ViT-S/16 at 224 pixels is DINO's, which StyleGAN-T and ADD-M judge with.
+VIT_S = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 12, "num_attention_heads": 6}
 
 
 @dataclass(frozen=True)
@@ -84,45 +67,13 @@ class Figures:
         return all(map(math.isfinite, self.losses.values()))
 
 
-def random_pipeline(size: Size, device: str | torch.device = "cpu"):
-    """A `StableDiffusionPipeline` of that size with random weights, made on `device`; it tokenises as the digits do."""
-    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    from fastdistill.models.digits.folder import assemble
-    from fastdistill.models.digits.text import build_tokenizer
-
-    tokenizer = build_tokenizer()
-    tokenizer.model_max_length = TEXT_TOKENS
-    text = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        max_position_embeddings=TEXT_TOKENS,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        **size.text,
-    )
-    with torch.device(device):
-        networks = AutoencoderKL(**size.vae), CLIPTextModel(text), UNet2DConditionModel(**size.unet)
-    vae, text_encoder, unet = networks
-    scheduler = DDIMScheduler(
-        beta_schedule="scaled_linear",
-        beta_start=0.00085,
-        beta_end=0.012,
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-    )
-    return assemble(vae, tokenizer, text_encoder, unet, scheduler)
-
-
 @contextmanager
-def saved_vit(size: Size) -> Iterator[Path]:
+def saved_vit(vit: dict[str, object]) -> Iterator[Path]:
     """A folder with a vision transformer of random weights, as `build_features` opens one."""
     from transformers import ViTConfig, ViTModel
 
     with tempfile.TemporaryDirectory() as folder, quiet_libraries():
-        ViTModel(ViTConfig(**size.vit), add_pooling_layer=False).save_pretrained(folder)
+        ViTModel(ViTConfig(**vit), add_pooling_layer=False).save_pretrained(folder)
         statistics_of = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
         Path(folder, "preprocessor_config.json").write_text(json.dumps(statistics_of))
         yield Path(folder)
@@ -148,7 +99,7 @@ def measure(
     method: str,
     architecture: str = "sd15",
     *,
-    size: Size | None = None,
+    vit: dict[str, object] = VIT_S,
     batch: int = 2,
     precision: str = "bfloat16",
     updates: int = 3,
@@ -158,13 +109,13 @@ def measure(
 
     Args:
         method: of `fastdistill.bench.training.CASES`.
-        architecture: of `SIZES`, or what `size` is called.
+        architecture: of `fastdistill.models.ARCHITECTURES`.
+        vit: arguments of the `ViTConfig` of ADD's features.
     """
-    size = size or SIZES[architecture]
     wait = torch.cuda.synchronize if device.startswith("cuda") else (lambda: None)
     torch.manual_seed(0)
-    teacher = Teacher(random_pipeline(size, device))
-    with saved_vit(size) as features:
+    teacher = Teacher(build(architecture, device=device))
+    with saved_vit(vit) as features:
         stage = stage_of(method, teacher, batch, precision, features)
     clock = Clock(wait)
     update = TrainerUpdate(stage, clock)
@@ -211,7 +162,7 @@ def real_size(
     methods: Annotated[
         list[str] | None, typer.Argument(metavar="METHOD...", help=f"{', '.join(CASES)}  [default: all]")
     ] = None,
-    architecture: Annotated[str, typer.Option(help=f"of {', '.join(SIZES)}")] = "sd15",
+    architecture: Annotated[str, typer.Option(help=f"of {', '.join(ARCHITECTURES)}")] = "sd15",
     batch: Annotated[int, typer.Option(min=1, help="samples per update")] = 2,
     precision: Annotated[str, typer.Option(help="bfloat16 or float32; weights are float32")] = "bfloat16",
     updates: Annotated[int, typer.Option(min=1, help="measured, after one that is not")] = 3,
@@ -222,8 +173,8 @@ def real_size(
     Exit code 1 if a loss is not finite, 2 for bad input.
     """
     unknown = [name for name in methods or () if name not in CASES]
-    if unknown or architecture not in SIZES:
-        name, known = (unknown[0], CASES) if unknown else (architecture, SIZES)
+    if unknown or architecture not in ARCHITECTURES:
+        name, known = (unknown[0], CASES) if unknown else (architecture, ARCHITECTURES)
         _refuse(f"{name!r} is unknown; known: {', '.join(known)}")
     try:
         TrainerConfig(precision=precision)

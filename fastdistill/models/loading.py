@@ -48,19 +48,19 @@ def resolve_model(name_or_path: str | Path) -> Path:
         return known[str(name_or_path)]
     if str(name_or_path) in bundled_networks():
         raise ModelError(f"{name_or_path}: a network alone; needed a pipeline: {', '.join(known)}, or a folder")
-    folder = _existing(name_or_path)
+    folder = existing_path(name_or_path)
     if folder is None:
         raise ModelError(f"unknown model {str(name_or_path)!r}: no folder, nor one of {', '.join(known) or '(none)'}")
     if not folder.is_dir():
         raise ModelError(f"{folder}: a file; needed a folder that holds model_index.json")
     if not (folder / "model_index.json").is_file():
         raise ModelError(f"{folder}: no model_index.json in this folder, so it is not a diffusers pipeline")
-    for component in _components(folder):
+    for component in listed_components(folder):
         _check_component(folder, component)
     return folder
 
 
-def _existing(name_or_path: str | Path) -> Path | None:
+def existing_path(name_or_path: str | Path) -> Path | None:
     """What the path leads to, None if nothing: also for paths that the system refuses to look up."""
     try:
         path = Path(name_or_path).expanduser()
@@ -93,7 +93,7 @@ def load_pipeline(name_or_path: str | Path, dtype: torch.dtype | None = None):
     except ModelError:
         raise
     except broken as error:  # what diffusers and transformers raise for damaged folders
-        raise ModelError(f"{folder}: diffusers cannot open it: {_one_line(error)}") from error
+        raise ModelError(f"{folder}: diffusers cannot open it: {one_line(error)}") from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -104,7 +104,7 @@ def _load_models(folder: Path, options: dict, dtype: torch.dtype) -> dict:
     A pipeline would give a tensor that is missing in the file random values and go on.
     """
     models = {}
-    for component, (library, class_name) in _components(folder).items():
+    for component, (library, class_name) in listed_components(folder).items():
         if library not in ("diffusers", "transformers") or not (folder / component / "config.json").is_file():
             continue
         own = options if library == "diffusers" else {"dtype": dtype, "local_files_only": True}
@@ -128,9 +128,9 @@ def _diffusers_options(dtype: torch.dtype) -> dict:
     return {name: dtype, "low_cpu_mem_usage": False, "local_files_only": True}
 
 
-def _components(folder: Path) -> dict[str, tuple[str, str]]:
+def listed_components(folder: Path) -> dict[str, tuple[str, str]]:
     """Library and class of each component that is there, by name."""
-    index = _read_json(folder / "model_index.json")
+    index = read_json(folder / "model_index.json")
     if not isinstance(index, dict) or "_class_name" not in index:
         raise ModelError(f"{folder / 'model_index.json'}: no diffusers pipeline; needed an object with _class_name")
     entries = {name: entry for name, entry in index.items() if isinstance(entry, list) and len(entry) == 2}
@@ -146,7 +146,7 @@ def _check_component(folder: Path, component: str) -> None:
         raise ModelError(f"{part}: component {component!r} has no configuration file")
     for file in files:
         if file.suffix == ".json":
-            _read_json(file)
+            read_json(file)
         elif file.suffix == ".safetensors":
             _check_safetensors(file)
     weights = [file for file in files if file.suffix in (".safetensors", ".bin")]
@@ -161,17 +161,17 @@ def _check_safetensors(file: Path) -> None:
         with safe_open(file, framework="np"):  # compares the header with the length of the file
             pass
     except (SafetensorError, OSError) as error:
-        raise ModelError(f"{file}: unreadable or truncated weight file: {_one_line(error)}") from error
+        raise ModelError(f"{file}: unreadable or truncated weight file: {one_line(error)}") from error
 
 
-def _read_json(file: Path):
+def read_json(file: Path):
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:  # bad JSON and bad UTF-8 are ValueErrors
-        raise ModelError(f"{file}: unreadable JSON: {_one_line(error)}") from error
+        raise ModelError(f"{file}: unreadable JSON: {one_line(error)}") from error
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 

@@ -8,7 +8,7 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from peft import LoraConfig
 
 from fastdistill.models import load_pipeline
-from fastdistill.models.architectures import UNETS, unet_inputs
+from fastdistill.models.architectures import build_networks, find_architecture, unet_inputs
 from fastdistill.models.stacked import SEAM, StackedUNet
 from fastdistill.nn import FusedAttnProcessor, patch, unpatch
 
@@ -170,7 +170,7 @@ def test_adapters_can_be_added_and_alone_be_trained(unet, inputs):
 def test_the_published_size_is_reached_without_any_memory(name, millions):
     """InstaFlow-1.7B is this of Stable Diffusion 1.5."""
     with torch.device("meta"):
-        unet = UNet2DConditionModel(**UNETS[name])
+        unet = build_networks(find_architecture(name), torch.float32, ["unet"])["unet"]
         inputs = unet_inputs(name, batch=1, resolution=64, dtype=torch.float32)
     random_state = torch.get_rng_state()
     stacked = StackedUNet.from_unet(unet)

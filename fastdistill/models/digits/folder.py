@@ -109,9 +109,10 @@ def _portable_text_encoder(folder: Path) -> None:
 
 
 def _portable_tokenizer(tokenizer, folder: Path) -> None:
-    from .text import write_vocabulary
+    from ..clip_tokenizer import write_vocabulary
+    from .text import caption_merges
 
-    write_vocabulary(folder)
+    write_vocabulary(folder, caption_merges())
     if json.loads((folder / "vocab.json").read_text(encoding="utf-8")) != tokenizer.get_vocab():
         raise ValueError(f"pipeline.tokenizer: another vocabulary ({len(tokenizer)} tokens) than the digits'")
     config = json.loads((folder / "tokenizer_config.json").read_text())

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import itertools
-import json
 import random
 import string
-import tempfile
-from pathlib import Path
 
+from ..clip_tokenizer import build_tokenizer as build_clip_tokenizer
 from .networks import PROMPT_TOKENS
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -71,25 +69,12 @@ def build_tokenizer():
 
     So no text is unknown, upper and lower case are the same, and prompts hold 24 tokens with start and end.
     """
-    from transformers import CLIPTokenizer
-
-    with tempfile.TemporaryDirectory() as folder:
-        write_vocabulary(Path(folder))
-        return CLIPTokenizer.from_pretrained(folder, model_max_length=PROMPT_TOKENS)
+    return build_clip_tokenizer(caption_merges(), PROMPT_TOKENS)
 
 
-def write_vocabulary(folder: Path) -> None:
-    """Write `vocab.json` and `merges.txt`, the two files that every version of transformers reads."""
-    from tokenizers.pre_tokenizers import ByteLevel
-
-    letters = sorted(ByteLevel.alphabet())  # one printable character per byte
-    merges = byte_pair_merges(_words())
-    tokens = [*letters, *(letter + "</w>" for letter in letters), *(a + b for a, b in merges)]
-    tokens += ["<|startoftext|>", "<|endoftext|>"]
-    (folder / "vocab.json").write_text(
-        json.dumps({token: i for i, token in enumerate(tokens)}, ensure_ascii=False), "utf-8"
-    )
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *(f"{a} {b}" for a, b in merges)]) + "\n", "utf-8")
+def caption_merges() -> list[tuple[str, str]]:
+    """The byte-pair merges that make each word of the captions one token."""
+    return byte_pair_merges(_words())
 
 
 def _words() -> list[str]:
