@@ -60,4 +60,9 @@ class TensorMemory(TorchDispatchMode):
 
         self._known[key] = weakref.ref(storage, forget)
         self.now += size
-        self.peak = max(self.peak, self.now)
+        if self.now > self.peak:
+            self.rose(t)
+
+    def rose(self, t: Tensor) -> None:
+        """There is more than ever before, since `t` was made."""
+        self.peak = self.now

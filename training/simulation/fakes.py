@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -35,6 +37,33 @@ class Weightless(TorchDispatchMode):
         with self._fake:
             made = function(*args, **kwargs)
         return made if isinstance(made, Tensor) and made.numel() > SMALL else function(*args, **kwargs)
+
+
+@contextmanager
+def converted_in_place() -> Iterator[None]:
+    """Within, `Module.to` and its like set the data of parameters, fake ones too.
+
+    torch swaps those with new ones, which it refuses while anything refers to one weakly, as fake tensors' own mode does.
+    """
+    before = nn.Module._apply
+    nn.Module._apply = _apply
+    try:
+        yield
+    finally:
+        nn.Module._apply = before
+
+
+def _apply(module: nn.Module, function: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    for child in module.children() if recurse else ():
+        child._apply(function)
+    with torch.no_grad():
+        for p in module._parameters.values():
+            if p is not None and (made := function(p)) is not p:
+                p.data = made
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = function(buffer)
+    return module
 
 
 def fake_mode() -> FakeTensorMode:

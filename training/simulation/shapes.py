@@ -19,13 +19,44 @@ _DEVICE = torch.ops.prim.device.default
 
 
 class FakeMemory(TensorMemory):
-    """`TensorMemory` of what is computed with the fake tensors of a mode, all of them on the CPU."""
+    """`TensorMemory` of what is computed with the fake tensors of a mode, all of them on the CPU.
+
+    Attributes:
+        resident: bytes that were there when counting started.
+        gradients_at_peak: bytes of the gradients that were there at the highest point.
+    """
 
     def __init__(self, fake: FakeTensorMode) -> None:
         super().__init__()
         self._fake = fake
-        self._known: dict[tuple, Any] = {}
+        self._shapes: dict[tuple, Any] = {}
         self._kinds: dict[Any, str] = {}
+        self._gradients: dict[int, int] = {}
+        self._gradient_bytes = 0
+        self.resident = self.gradients_at_peak = 0
+
+    def start(self, resident: int) -> None:
+        """Count from here on; what is there now is `resident` bytes, more than was added one by one."""
+        self.now = self.resident = resident
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget the highest point."""
+        self.peak, self.gradients_at_peak = self.now, self._gradient_bytes
+
+    def rose(self, t: Tensor) -> None:
+        super().rose(t)
+        self.gradients_at_peak = self._gradient_bytes
+
+    def add_gradient(self, p: Tensor) -> None:
+        """The parameter has a gradient now, which may be the tensor that was counted already."""
+        if id(p) not in self._gradients:
+            self._gradients[id(p)] = p.grad.nbytes
+            self._gradient_bytes += p.grad.nbytes
+
+    def drop_gradients(self) -> None:
+        self._gradients.clear()
+        self._gradient_bytes = 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if function is _DEVICE:  # asked for by every second line of torch
@@ -55,10 +86,10 @@ class FakeMemory(TensorMemory):
                 return FakeTensor(self._fake, made, _CPU)
             return type(made)(FakeTensor(self._fake, each, _CPU) for each in made)
         key = tuple(key)
-        found = self._known.get(key)
+        found = self._shapes.get(key)
         if found is None:
             made = function(*args, **kwargs)
-            self._known[key] = _recipe(made)
+            self._shapes[key] = _recipe(made)
             return made
         if found is _NOT_REMEMBERED:
             return function(*args, **kwargs)
