@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -41,14 +42,16 @@ class Weightless(TorchDispatchMode):
 
 @contextmanager
 def converted_in_place() -> Iterator[None]:
-    """Within, `Module.to` and its like set the data of parameters, fake ones too.
+    """Within, `Module.to` and its like set the data of parameters, fake ones too, and deep copies do not warn of them.
 
     torch swaps those with new ones, which it refuses while anything refers to one weakly, as fake tensors' own mode does.
     """
     before = nn.Module._apply
     nn.Module._apply = _apply
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
+            yield
     finally:
         nn.Module._apply = before
 
@@ -83,5 +86,5 @@ def fake_like(fake: FakeTensorMode, t: Tensor) -> Tensor:
 def fake_copy(fake: FakeTensorMode, module: Module) -> Module:
     """A deep copy whose parameters and buffers are fake, but for small buffers."""
     memo: dict[int, Any] = {id(p): fake_like(fake, p) for p in module.parameters()}
-    memo |= {id(b): fake_like(fake, b) for b in module.buffers() if b.numel() > SMALL}
+    memo |= {id(b): fake_like(fake, b) for b in module.buffers() if b.numel() > SMALL or b.is_meta}
     return copy.deepcopy(module, memo)

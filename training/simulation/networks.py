@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..features import build_features, untrained_features
 from ..unet_features import UNET_FEATURES
-from .fakes import Weightless
+from .fakes import Weightless, fake_copy
 
 _VGG_STAGES = (64, 128, 256, 512, 512)
 
@@ -31,8 +31,9 @@ def with_networks(config: Any, fake: FakeTensorMode) -> tuple[Any, list[nn.Modul
         elif field.name == "lpips_heads" and value is not None:
             changes[field.name] = [torch.ones(width) for width in _VGG_STAGES]
         elif field.name == "features" and value != UNET_FEATURES and getattr(config, "adversarial_weight", 0) > 0:
-            with Weightless(fake):
-                changes[field.name] = build_features(untrained_features(value))
+            with torch.device("meta"):
+                features = untrained_features(value)
+            changes[field.name] = build_features(fake_copy(fake, features))
         elif is_dataclass(value):
             changes[field.name], inner = with_networks(value, fake)
             made += inner

@@ -95,6 +95,8 @@ def _stages(
         memory.start(sum(role.resident_bytes for role in roles) + data)
         turns = trainer.turns(memory, largest)
         chosen = choices(stage.trainer, size_of(stage.method.roles[trainer.student]))
+        if "decoder" not in stage.method.roles:
+            chosen.pop("decode", None)
         yield StageMemory(stage.name, roles, data, (prepared, *turns), chosen)
         student = trainer.average.network
 

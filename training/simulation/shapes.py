@@ -14,7 +14,10 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_
 
 from ..memory import TensorMemory
 
-_CPU = torch.device("cpu")
+_CPU, _META = torch.device("cpu"), torch.device("meta")
+# Of ops on shapes, whatever is planned.
+_SHAPES: dict[tuple, Any] = {}
+_KINDS: dict[Any, str] = {}
 _DEVICE = torch.ops.prim.device.default
 
 
@@ -29,8 +32,6 @@ class FakeMemory(TensorMemory):
     def __init__(self, fake: FakeTensorMode) -> None:
         super().__init__()
         self._fake = fake
-        self._shapes: dict[tuple, Any] = {}
-        self._kinds: dict[Any, str] = {}
         self._gradients: dict[int, int] = {}
         self._gradient_bytes = 0
         self.resident = self.gradients_at_peak = 0
@@ -60,13 +61,13 @@ class FakeMemory(TensorMemory):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if function is _DEVICE:  # asked for by every second line of torch
-            return _CPU
+            return _META if self._fake.in_kernel_invocation else _CPU
         return super().__torch_dispatch__(function, types, args, kwargs)
 
     def compute(self, function: Any, args: tuple, kwargs: dict) -> Any:
-        kind = self._kinds.get(function)
+        kind = _KINDS.get(function)
         if kind is None:
-            kind = self._kinds[function] = _kind(function)
+            kind = _KINDS[function] = _kind(function)
         if kind == "other":
             return function(*args, **kwargs)
         key = [function]
@@ -82,32 +83,31 @@ class FakeMemory(TensorMemory):
         if kind == "view":
             with in_kernel_invocation_manager(self._fake):
                 made = function(*args, **kwargs)
-            if isinstance(made, Tensor):
-                return FakeTensor(self._fake, made, _CPU)
-            return type(made)(FakeTensor(self._fake, each, _CPU) for each in made)
+            return self._wrapped(made)
         key = tuple(key)
-        found = self._shapes.get(key)
-        if found is None:
+        recipe = _SHAPES.get(key)
+        if recipe is None:
             made = function(*args, **kwargs)
-            self._shapes[key] = _recipe(made)
+            _SHAPES[key] = _recipe(made)
             return made
-        if found is _NOT_REMEMBERED:
-            return function(*args, **kwargs)
-        single, parts = found
+        single, parts = recipe
         with in_kernel_invocation_manager(self._fake):
             made = [
                 torch.empty_strided(part[0], part[1], dtype=part[2], device="meta") if type(part) is tuple else part
                 for part in parts
             ]
-        made = [FakeTensor(self._fake, each, _CPU) if isinstance(each, Tensor) else each for each in made]
-        return made[0] if single else tuple(made)
+        return self._wrapped(made[0] if single else made)
+
+    def _wrapped(self, made: Any) -> Any:
+        if isinstance(made, Tensor):
+            return FakeTensor(self._fake, made, _CPU)
+        return tuple(FakeTensor(self._fake, each, _CPU) if isinstance(each, Tensor) else each for each in made)
 
 
 class _Unknown(Exception):
     """Raised for arguments that are no keys; never leaves this file."""
 
 
-_NOT_REMEMBERED = object()
 _PLAIN = frozenset(
     (int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format, complex)
 )
@@ -150,16 +150,8 @@ def _kind(function: Any) -> str:
     return "new" if kinds and kinds <= {"Tensor", "int", "float", "bool", "SymInt"} else "other"
 
 
-def _recipe(made: Any) -> Any:
-    single = not isinstance(made, tuple)
-    parts = []
-    for each in (made,) if single else made:
-        if type(each) is FakeTensor:
-            if each.device.type != "cpu" or each.storage_offset() != 0:
-                return _NOT_REMEMBERED
-            parts.append((each.shape, each.stride(), each.dtype))
-        elif each is None or type(each) in (int, float, bool):
-            parts.append(each)
-        else:
-            return _NOT_REMEMBERED
-    return single, parts
+def _recipe(made: Any) -> tuple[bool, list[Any]]:
+    """Whether it is one result, and how each is made again: size, strides and dtype of a tensor."""
+    single = isinstance(made, Tensor)
+    parts = [made] if single else made
+    return single, [(each.shape, each.stride(), each.dtype) if isinstance(each, Tensor) else each for each in parts]
