@@ -125,9 +125,9 @@ def _unread_pairs(teacher: PlannedTeacher) -> Pairs:
 
 def _data_bytes(held: Sequence[Any], scale: float) -> int:
     """Of all that data holds, each tensor once; pairs that were made here stand for `scale` times as many."""
-    tensors = {id(t.untyped_storage()): t for t in tensors_of(held)}
+    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors_of(held)}
     pairs = [t for each in tensors_of(held, Pairs) for t in each if isinstance(t, Tensor)]
-    return int(sum(t.nbytes for t in tensors.values()) + (scale - 1) * sum(t.nbytes for t in pairs))
+    return int(sum(storages.values()) + (scale - 1) * sum(t.nbytes for t in pairs))
 
 
 def _tensors(networks: Iterable[nn.Module]) -> list[Tensor]:
