@@ -270,7 +270,7 @@ def main() -> None:
         package_dir=package_dir,
         package_data={
             "fastdistill": ["py.typed"],
-            "fastdistill.models": ["bundled/**/*"],
+            "fastdistill.models": ["bundled/**/*", "clip_vocabulary/*"],
             "fastdistill.ops": ["attention_tables/*.json"],
         },
         ext_modules=[Extension("fastdistill._cpu", []), Extension("fastdistill._cuda", [])],

@@ -26,6 +26,7 @@ _ORDER = {
     "dtype": ("bfloat16", "float16", "float32"),
     "layout": ("channels_last", "contiguous"),
 }
+_FILES = {"engine": ("engine",), "training": ("training", "training_memory")}
 _KERNELS = ("cuda", "triton", "cpu", "fastdistill")  # before whom they are compared with
 
 
@@ -46,8 +47,9 @@ def jobs(selections: Sequence[Selection]) -> list[Job]:
 
 def whole_jobs(names: Sequence[str], device: str, pairs: int, gpu: Gpu | None) -> list[Job]:
     """Of "engine" and "training"."""
+    files = [file for name in names for file in _FILES[name]]
     return [
-        job for name in names for job in importlib.import_module(f"fastdistill.bench.{name}").jobs(device, pairs, gpu)
+        job for file in files for job in importlib.import_module(f"fastdistill.bench.{file}").jobs(device, pairs, gpu)
     ]
 
 

@@ -86,7 +86,8 @@ class PlainUpdate:
             step = Step(self.stage.data.batch(iteration * config.batch_size, draws.fork("data")), draws)
             for turn in method.turns:
                 with self.clock.turn(turn.role), only(turn.role, method):
-                    terms = method.losses(turn.kind, replace(step, draws=draws.fork(turn.kind))).whole().terms
+                    with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+                        terms = method.losses(turn.kind, replace(step, draws=draws.fork(turn.kind))).whole().terms
                     self._apply(turn.role, sum(terms.values()))
                 found[turn.role] = {name: value.detach() for name, value in terms.items()}
         return found

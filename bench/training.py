@@ -153,12 +153,12 @@ def stage_of(method: str, device: str, dtype: torch.dtype = torch.float32) -> St
     setup = Setup(teacher, tuple(map(str, range(10))), conditions, images)
     stage = next(CASES[method].config.stages(setup))
     if "fake_score" in stage.method.roles:
-        _nudge(stage.method.roles["fake_score"])
+        nudge(stage.method.roles["fake_score"])
     if dtype == torch.float32:
         return stage
     for network in (*stage.method.roles.values(), teacher.pipeline.vae):
         nn.Module.to(network, dtype)  # diffusers' own `to` warns, here for nothing
-    return Stage(stage.name, stage.method, _In(stage.data, dtype), stage.trainer, stage.roles)
+    return Stage(stage.name, stage.method, InDtype(stage.data, dtype), stage.trainer, stage.roles)
 
 
 def _digits(teacher: Teacher) -> tuple[Any, LatentData]:
@@ -172,7 +172,7 @@ def _digits(teacher: Teacher) -> tuple[Any, LatentData]:
     return conditions, LatentData(teacher.encode_images(images), conditions, captions, images=images)
 
 
-class _In:
+class InDtype:
     """Data whose batches are in a dtype."""
 
     def __init__(self, data: Data, dtype: torch.dtype) -> None:
@@ -182,7 +182,7 @@ class _In:
         return {name: value.to(self.dtype) for name, value in self.data.batch(first, draws).items()}
 
 
-def _nudge(network: nn.Module) -> None:
+def nudge(network: nn.Module) -> None:
     """A fake score that equals its teacher would give a gradient of zero."""
     with nudged(network):
         moved = [parameter.detach().clone() for parameter in network.parameters()]

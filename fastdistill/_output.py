@@ -60,6 +60,8 @@ def write_files(contents: Mapping[Path, bytes]) -> None:
             staged.append((temporary, path))
             with os.fdopen(descriptor, "wb") as file:
                 file.write(content)
+                file.flush()
+                os.fsync(descriptor)
             os.chmod(temporary, 0o666 & ~_umask())  # mkstemp's 0600 is for secrets
         while staged:
             os.replace(*staged[-1])

@@ -1,4 +1,4 @@
-"""The command `fastdistill`: info, generate, demo, metrics, bench, tune, train, plan, pairs, ablate.
+"""The command `fastdistill`: info, models, generate, demo, metrics, bench, tune, train, plan, pairs, evaluate, ablate.
 
 The roof of the house: each command imports its room when it is called, so that `--help` needs neither torch nor
 diffusers. Whatever a user can get wrong ends in one line on stderr and exit code 2; Ctrl-C in one line and 130.
@@ -119,6 +119,24 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="Print JSON instea
         from rich.console import Console
 
         Console().print(render(facts))
+
+
+@app.command()
+def models(as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False) -> None:
+    """List the architectures and models that have a name, with their sizes and numbers of parameters."""
+    from fastdistill.models.listing import collect, render
+
+    rows = collect()
+    if as_json:
+        import json
+
+        print(json.dumps(rows, indent=2))
+    else:
+        from rich.console import Console
+
+        from fastdistill.bench.report import print_wide
+
+        print_wide(Console(), render(rows))
 
 
 @app.command()
@@ -371,6 +389,12 @@ def plan(
 def pairs(ctx: typer.Context) -> None:
     """Make, inspect and verify sets of a teacher's pairs: `fastdistill pairs --help` tells how."""
     _run_module("fastdistill.training.pairs", ctx.args)
+
+
+@app.command(context_settings=_PASS_ON, add_help_option=False)
+def evaluate(ctx: typer.Context) -> None:
+    """Print the figures of a model over many images: `fastdistill evaluate --help` tells how."""
+    _run_module("fastdistill.training.evaluation", ctx.args)
 
 
 @app.command()

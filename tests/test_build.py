@@ -15,6 +15,8 @@ import torch
 from setuptools.errors import SetupError
 
 from fastdistill import _native
+from fastdistill.models import bundled_models
+from fastdistill.models.clip_tokenizer import CLIP_MERGES
 
 ROOT = Path(__file__).resolve().parent.parent
 # What a library may need from outside: torch's stable C functions, C, C++ and the loader.
@@ -216,3 +218,21 @@ def test_which_gpu_runs_which_code(architecture, capability, runs):
 @pytest.mark.gpu
 def test_cuda_library_serves_the_gpu_that_is_here():
     assert _native.cuda_problem(torch.cuda.current_device()) == ""
+
+
+@pytest.mark.compiler
+def test_the_data_files_that_modules_read_are_package_data(monkeypatch):
+    setup = load_setup()
+    given = {}
+    monkeypatch.setattr(setup, "setup", lambda **options: given.update(options))
+    monkeypatch.chdir(ROOT)
+    setup.main()
+    packed = {
+        path
+        for package, patterns in given["package_data"].items()
+        for pattern in patterns
+        for path in (ROOT / package.replace(".", "/")).glob(pattern)
+    }
+    assert CLIP_MERGES in packed
+    assert CLIP_MERGES.with_name("LICENSE") in packed
+    assert {model / "model_index.json" for model in bundled_models().values()} <= packed

@@ -69,7 +69,7 @@ def pixels(path):
 def test_help_lists_the_commands(run):
     result = run("--help")
     assert result.exit_code == 0
-    for command in ("info", "generate", "demo", "bench", "tune", "train"):
+    for command in ("info", "generate", "demo", "bench", "tune", "train", "evaluate"):
         assert command in result.stdout
 
 

@@ -23,10 +23,22 @@ from .contract import GradientContractError
 from .digits import digits_scores
 from .documented import described, summary
 from .images import TooManyUnreadable
+from .interruption import sigterm_as_ctrl_c
 from .memory_plan import MemoryPlan
 from .plan import plan, render
 from .registry import METHODS, config_class
-from .run import RUN_FILE, RunConfig, check_run, chosen_device, load_run, open_data, run_yaml, save_student, train
+from .run import (
+    RUN_FILE,
+    RunConfig,
+    check_run,
+    chosen_device,
+    load_run,
+    open_data,
+    run_yaml,
+    save_student,
+    train,
+    was_begun,
+)
 from .teacher import Teacher
 from .world import World, world_of_environment
 
@@ -113,6 +125,19 @@ def _command(method: str) -> Callable[..., None]:
         updates: Annotated[
             int | None, typer.Option(help="Updates of the student.", show_default="the method's")
         ] = None,
+        roles: Annotated[
+            str | None, typer.Option(help="full, or lora:RANK: adapters of one frozen base.", show_default="full")
+        ] = None,
+        optimizer: Annotated[
+            str | None, typer.Option(help="Moments in float32 or 8bit.", show_default="by the student's size")
+        ] = None,
+        checkpointing: Annotated[
+            str | None,
+            typer.Option(help="none, recompute or blocks: less kept, more computed.", show_default="by the size"),
+        ] = None,
+        precision: Annotated[
+            str | None, typer.Option(help="float32 or bfloat16 (autocast).", show_default="by the size")
+        ] = None,
         device: Annotated[
             str | None, typer.Option(help="cpu, cuda, cuda:1 …", show_default="a GPU if there is one")
         ] = None,
@@ -148,6 +173,10 @@ def _command(method: str) -> Callable[..., None]:
             "pairs": pairs,
             "seed": seed,
             "updates": updates,
+            "roles": roles,
+            "optimizer": optimizer,
+            "checkpointing": checkpointing,
+            "precision": precision,
             "device": device,
             "checkpoints": checkpoints,
             "watch": watch,
@@ -193,17 +222,25 @@ def _dry_run(run: RunConfig, as_json: bool) -> None:
 
 
 def _train(run: RunConfig, resume: bool, world: World) -> None:
+    if run.checkpoints is None:
+        _train_and_save(run, resume, world)
+        return
+    try:
+        with sigterm_as_ctrl_c():
+            _train_and_save(run, resume, world)
+    except KeyboardInterrupt:  # outside of the loop, where there is nothing to save
+        if world.is_first:
+            _say(f"ended by a signal; {_how_to_go_on(run)}")
+
+
+def _train_and_save(run: RunConfig, resume: bool, world: World) -> None:
     memory = _Memory(world)
     result = train(run, resume=resume, world=world, planned=memory.planned)
     if not world.is_first:
         return
     memory.measured(chosen_device(run.device))
     if result.run.ended.startswith("SIG"):
-        again = shlex.join(["--config", str(run.checkpoints / RUN_FILE), "--resume"])
-        _say(
-            f"{result.run.ended} after {_counts(result.run.updates)}; go on with: fastdistill train "
-            f"{run.method.method} {again}"
-        )
+        _say(f"{result.run.ended} after {_counts(result.run.updates)}; {_how_to_go_on(run)}")
         return
     save_student(run, result)
     _say(f"{run.out}: {_counts(result.run.updates)} in {result.run.seconds:.0f} s")
@@ -232,6 +269,13 @@ class _Memory:
     def measured(self, device: torch.device) -> None:
         peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
         _say(memory_report.measured(self.plan, peak))
+
+
+def _how_to_go_on(run: RunConfig) -> str:
+    if not was_begun(run.checkpoints):
+        return "the same command begins again"
+    again = shlex.join(["--config", str(run.checkpoints / RUN_FILE), "--resume"])
+    return f"go on with: fastdistill train {run.method.method} {again}"
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .files import sha256, sync
+from .files import make_folder, sha256, sync
 
 FORMAT = 1
 _NAME = re.compile(r"step-(\d{8,})")
@@ -50,7 +50,7 @@ def save(folder: str | Path, step: int, state: Mapping[str, Any], *, keep: int =
     target = folder / f"step-{step:08d}"
     scratch = folder / f".{target.name}.partial"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         _clear(folder)
         if not _is_whole(target):
             shutil.rmtree(target, ignore_errors=True)
@@ -78,26 +78,14 @@ def load(path: str | Path) -> dict[str, Any]:
         CheckpointError: naming the file that is missing, truncated or changed, or of a format not known here.
     """
     path = Path(path)
-    try:
-        record = json.loads((path / _STATE).read_text(encoding="utf-8"))
-        files, parts, known = record["files"], record["parts"], record["format"] == FORMAT
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path / _STATE}: cannot be read ({error})") from error
-    if not known:
-        raise CheckpointError(f"{path / _STATE}: format {record['format']!r}; this version reads {FORMAT}")
-    if _digest_of(record) != record.get("digest"):
-        raise CheckpointError(f"{path / _STATE}: it was changed after it was written")
-    tensors: dict[str, dict[str, Tensor]] = {}
-    for name, facts in files.items():
-        file = path / name
-        if not file.is_file():
-            raise CheckpointError(f"{file}: is missing")
-        if file.stat().st_size != facts["bytes"]:
-            raise CheckpointError(f"{file}: {file.stat().st_size} bytes, {facts['bytes']} were written")
-        if sha256(file) != facts["sha256"]:
-            raise CheckpointError(f"{file}: its content was changed after it was written")
-        tensors[name.removesuffix(".safetensors")] = load_file(file)
+    parts, files = _verified(path)
+    tensors = {file.stem: load_file(file) for file in files}
     return {name: _unpack(tree, tensors.get(name, {})) for name, tree in parts.items()}
+
+
+def there_are(folder: Path) -> bool:
+    """Whether a folder holds a checkpoint, damaged ones included."""
+    return bool(_steps(folder))
 
 
 def load_newest(folder: str | Path) -> tuple[int, dict[str, Any]] | None:
@@ -128,13 +116,42 @@ def _clear(folder: Path) -> None:
 
 
 def _is_whole(path: Path) -> bool:
-    if not path.exists():
-        return False
     try:
-        load(path)
+        _verified(path)
     except CheckpointError:
         return False
     return True
+
+
+def _verified(path: Path) -> tuple[dict[str, Any], list[Path]]:
+    """The parts as JSON, and the files of their tensors; a CheckpointError names what is not as it was written."""
+    state = path / _STATE
+    try:
+        record = json.loads(state.read_text(encoding="utf-8"))
+        files, parts, known = record["files"], record["parts"], record["format"] == FORMAT
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{state}: cannot be read ({error})") from error
+    if not known:
+        raise CheckpointError(f"{state}: format {record['format']!r}; this version reads {FORMAT}")
+    if _digest_of(record) != record.get("digest"):
+        raise CheckpointError(f"{state}: it was changed after it was written")
+    if (match := _NAME.fullmatch(path.name)) and int(match[1]) != record["step"]:
+        raise CheckpointError(f"{state}: it is of step {record['step']}, under another's name")
+    for name, facts in files.items():
+        _verify(path / name, facts["bytes"], facts["sha256"])
+    return parts, [path / name for name in files]
+
+
+def _verify(file: Path, size: int, digest: str) -> None:
+    try:
+        if (found := file.stat().st_size) != size:
+            raise CheckpointError(f"{file}: {found} bytes, {size} were written")
+        if sha256(file) != digest:
+            raise CheckpointError(f"{file}: its content was changed after it was written")
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{file}: is missing") from error
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read ({error})") from error
 
 
 def _steps(folder: Path) -> dict[int, Path]:

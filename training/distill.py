@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,8 +18,8 @@ from .card import package_commit, student_card
 from .data import Data, networks_of
 from .dmd import DMDConfig
 from .economy import restore
-from .pipelines import save_pipeline, student_pipeline
-from .recipe import MethodConfig, Setup, Stage
+from .pipelines import save_pipeline, student_pipeline, weights_digest
+from .recipe import MethodConfig, Setup, Stage, settings_of
 from .settings import to_dict
 from .teacher import Teacher
 from .trainer import Run, Trainer, TrainingProgress
@@ -108,9 +109,10 @@ def distill(
     Raises:
         TeacherError: the pipeline is of a kind that this loop cannot distil.
         fastdistill.models.ModelError: an unknown name or an unreadable folder.
-        ValueError: no prompts, or a bad configuration; `resume` without `checkpoints`, or without one in it; a method
-            that trains on images without any.
+        ValueError: no prompts, or a bad configuration; `resume` without `checkpoints`, or without one in it;
+            `checkpoints` that hold a run, without `resume`; a method that trains on images without any.
         CheckpointError: a checkpoint cannot be written, or is of another run.
+        BlockingIOError: another process trains in `checkpoints`.
         GradientContractError, FloatingPointError: see `fastdistill.training.Trainer.run`.
     """
     config = config or DMDConfig()
@@ -120,8 +122,7 @@ def distill(
     if resume and checkpoints is None:
         raise ValueError("resume needs checkpoints, the folder of the run to continue; got None")
     checkpoints = None if checkpoints is None else Path(checkpoints)
-    if resume and not any(checkpoints.glob("*/step-*")):
-        raise ValueError(f"resume: there is no checkpoint in {checkpoints}")
+    check_checkpoints(checkpoints, resume)
     teacher = teacher if isinstance(teacher, Teacher) else Teacher(teacher, device)
     setup = Setup(
         teacher, prompts, teacher.encode(prompts), images, None if pairs is None else Path(pairs), work=checkpoints
@@ -149,6 +150,15 @@ def distill(
     return Distilled(student_pipeline(teacher.pipeline, run.student, scheduler), run, facts, teacher.folder)
 
 
+def check_checkpoints(folder: Path | None, resume: bool) -> None:
+    """Raise a ValueError for a run to continue that is not there, and for a new one where there is one."""
+    there = folder is not None and any(folder.glob("*/step-*"))
+    if resume and not there:
+        raise ValueError(f"resume: there is no checkpoint in {folder}")
+    if there and not resume:
+        raise ValueError(f"checkpoints {folder}: holds a run; needed resume, which continues it, or another folder")
+
+
 def _run_stages(
     config: MethodConfig,
     setup: Setup,
@@ -161,8 +171,12 @@ def _run_stages(
     """The last stage that was run, and what became of it. A signal, or the callback, ends the run within a stage."""
     stages = config.stages(setup)
     stage = next(stages)
+    settings = settings_of(config) | {"prompts": sha256("\n".join(setup.prompts).encode()).hexdigest()}
+    network = setup.teacher.unet
     while True:
         folder = None if checkpoints is None else checkpoints / stage.name
+        if folder is not None:
+            settings["weights before"] = weights_digest(network)
         trainer = Trainer(
             stage.method,
             stage.data,
@@ -171,6 +185,7 @@ def _run_stages(
             folder=folder,
             validate=partial(validate, method=stage.method) if validate is not None and stage.is_last else None,
             stage=stage.name,
+            settings=settings,
             world=world,
         )
         if resume:
@@ -185,6 +200,7 @@ def _run_stages(
         if run.ended != "finished":
             return stage, run
         try:
-            stage = stages.send(run.student)
+            network = run.student
+            stage = stages.send(network)
         except StopIteration:
             return stage, run

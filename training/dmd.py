@@ -29,7 +29,7 @@ from .draws import Draws
 from .method import Losses, Method, Step, Turn
 from .networks import conversion_point, predict, predict_data, predict_guided
 from .recipe import Setup, Stage
-from .regression import Distance, check_regression, decoder_of, regression_distance, regression_pairs
+from .regression import Distance, check_regression, regression_distance, regression_pairs
 from .solvers import check_solver
 
 
@@ -92,8 +92,7 @@ class DMDConfig:
             teacher.prediction_type,
             self,
             unconditional,
-            distance=regression_distance(self, teacher),
-            frozen=decoder_of(self, teacher),
+            distance=regression_distance(self, teacher) if self.regression_weight > 0 else F.mse_loss,
         )
         pairs = None
         if self.regression_weight > 0:
@@ -116,8 +115,7 @@ class DMD(Method):
         config: see `DMDConfig`.
         unconditional: of the empty prompt; needed for guidance.
         student, fake_score: to start from instead, and to train in place; copies of the teacher by default.
-        distance: of the regression term, see `regression_distance`.
-        frozen: networks that `distance` uses, by name.
+        distance: of the regression term, see `regression_distance`; what it calls its `networks` are roles too.
     """
 
     name = "dmd"
@@ -133,7 +131,6 @@ class DMD(Method):
         student: nn.Module | None = None,
         fake_score: nn.Module | None = None,
         distance: Distance = F.mse_loss,
-        frozen: dict[str, nn.Module] | None = None,
     ):
         last = len(schedule) - 1
         start = last if config.student_timestep is None else config.student_timestep
@@ -144,7 +141,7 @@ class DMD(Method):
         self.student = (copy.deepcopy(teacher) if student is None else student).train().requires_grad_(True)
         self.fake_score = (copy.deepcopy(teacher) if fake_score is None else fake_score).train().requires_grad_(True)
         self.roles = {"student": self.student, "teacher": self.teacher, "fake_score": self.fake_score}
-        self.roles |= {} if frozen is None else frozen
+        self.roles |= getattr(distance, "networks", {})
         # The fake score learns on every batch; every `critic_ratio`-th is the student's too.
         self.turns = (Turn("student", config.critic_ratio), Turn("fake_score"))
         self.schedule = schedule.to(next(self.student.parameters()).device)
@@ -154,6 +151,7 @@ class DMD(Method):
         self.start = start
         self.start_point = conversion_point(self.schedule, start, self.prediction_type)
         self.distance = distance
+        self.decodes_by_sample = getattr(distance, "by_sample", False)
 
     def losses(self, role: str, step: Step) -> Losses:
         return self._student_losses(step) if role == "student" else self._fake_score_losses(step)

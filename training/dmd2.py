@@ -35,7 +35,6 @@ from .regression import (
     Distance,
     Regression,
     check_regression,
-    decoder_of,
     regression_distance,
     regression_pairs,
 )
@@ -129,7 +128,7 @@ class DMD2Config:
             renoising_scheduler(teacher.pipeline.scheduler, self.student_steps)  # raises before the training, not after
         unconditional = teacher.unconditional if self.guidance_scale != 1 else None
         data = setup.needed_images(self.method) if self.gan_weight > 0 else None
-        distance, decoder = regression_distance(self, teacher), decoder_of(self, teacher)
+        distance = regression_distance(self, teacher) if self.needs_pairs else F.mse_loss
         student, fake_score = copy.deepcopy(teacher.unet), copy.deepcopy(teacher.unet)
         if self.gan_weight > 0:
             with torch.random.fork_rng(devices=[]):
@@ -140,9 +139,7 @@ class DMD2Config:
             pairs = regression_pairs(self, setup)
         paired = PromptData(setup.conditions, teacher.sample_shape, pairs)
         if self.warm_up_updates > 0:
-            warm_up = Regression(
-                student, teacher.schedule, teacher.prediction_type, self.student_timestep, distance, decoder
-            )
+            warm_up = Regression(student, teacher.schedule, teacher.prediction_type, self.student_timestep, distance)
             trainer = replace(self.trainer, updates=self.warm_up_updates)
             student = yield Stage("dmd2-warm-up", warm_up, paired, trainer, {"student": self.student}, is_last=False)
         method = DMD2(
@@ -153,8 +150,7 @@ class DMD2Config:
             unconditional,
             student=student,
             fake_score=fake_score,
-            distance=distance,
-            frozen=decoder if self.regression_weight > 0 else None,
+            distance=distance if self.regression_weight > 0 else F.mse_loss,
         )
         if data is None:
             data = paired
@@ -187,7 +183,6 @@ class DMD2(DMD):
         student: nn.Module | None = None,
         fake_score: nn.Module | None = None,
         distance: Distance = F.mse_loss,
-        frozen: dict[str, nn.Module] | None = None,
     ) -> None:
         if config.gan_weight > 0 and not isinstance(fake_score, FakeScore):
             raise ValueError(
@@ -206,7 +201,6 @@ class DMD2(DMD):
             student=student,
             fake_score=fake_score,
             distance=distance,
-            frozen=frozen,
         )
         self.steps = tuple(config.student_steps)
         self.levels = [self.schedule.at(t) for t in self.steps]

@@ -18,9 +18,13 @@ _PIXELS = ("decoder", "lpips")
 
 
 def size_of(network: nn.Module) -> int:
-    """Parameters of a network, with those of the base that it shares."""
-    count = sum(p.numel() for p in network.parameters())
-    return count + sum(p.numel() for base in bases(network) for p in base.base_parameters())
+    """How many parameters a network has, with those of the base that it shares."""
+    return sum(p.numel() for p in (*network.parameters(), *shared_by(network)))
+
+
+def shared_by(network: nn.Module) -> list[nn.Parameter]:
+    """The parameters of the bases that a network stands on."""
+    return [p for base in bases(network) for p in base.base_parameters()]
 
 
 def bases(network: nn.Module) -> list[SharedBase]:
@@ -44,7 +48,8 @@ def economize(method: Method, memory: MemoryConfig, trained: Iterable[str]) -> N
             if role not in trained and not isinstance(network, AdapterRole):
                 _cast(network, torch.bfloat16)
         if role in _PIXELS:
-            if memory.decode != "plain":
+            sliced = memory.decode == "sliced" and method.decodes_by_sample
+            if memory.decode != "plain" and not sliced:
                 _checkpoint(network)
             if memory.decode == "tiled" and hasattr(network, "enable_tiling"):
                 network.enable_tiling()

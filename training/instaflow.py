@@ -17,7 +17,10 @@ from torch import Tensor, nn
 from .condition import Condition
 from .config import RoleConfig, TrainerConfig, require, role_configs
 from .data import PromptData
+from .economy import size_of
 from .flow import NETWORKS, FlowMethod, ReflowConfig, flow_pairs, pair_of, rectify, stacked
+from .image_distance import ImageDistance
+from .memory_config import settled
 from .method import Losses, Step
 from .recipe import Setup, Stage
 from .straight_path import StraightPath
@@ -72,7 +75,10 @@ class InstaFlowConfig:
         network = stacked(flow.network) if self.network == "stacked" else flow.network
         frozen = {"decoder": setup.teacher.pipeline.vae} if self.space == "pixel" else {}
         decode = setup.teacher.decode if self.space == "pixel" else None
-        method = FlowDistillation(network, flow.path, decode=decode, frozen=frozen, measured=flow.measured)
+        sliced = settled(self.trainer, size_of(network)).memory.decode == "sliced"
+        method = FlowDistillation(
+            network, flow.path, decode=decode, frozen=frozen, by_sample=sliced, measured=flow.measured
+        )
         network = yield Stage("distillation", method, data, self.trainer, role_configs(self), lpips is None)
         if lpips is not None:
             method = FlowDistillation(
@@ -81,6 +87,7 @@ class InstaFlowConfig:
                 distance=lpips,
                 decode=setup.teacher.decode,
                 frozen={"decoder": setup.teacher.pipeline.vae, "lpips": lpips},
+                by_sample=sliced,
                 measured=flow.measured,
             )
             trainer = replace(self.trainer, updates=self.lpips_updates)
@@ -105,6 +112,7 @@ class FlowDistillation(FlowMethod):
             whose mean is the loss. By default the squared error.
         decode: samples to images; None compares the samples.
         frozen: networks that `distance` and `decode` use, by name: they receive no gradient.
+        by_sample: see `ImageDistance`.
         others: see `FlowMethod`.
     """
 
@@ -118,11 +126,13 @@ class FlowDistillation(FlowMethod):
         distance: Callable[[Tensor, Tensor], Tensor] | None = None,
         decode: Callable[[Tensor], Tensor] | None = None,
         frozen: dict[str, nn.Module] | None = None,
+        by_sample: bool = False,
         **others: Any,
     ) -> None:
         super().__init__(network, path, **others)
         self.roles |= {} if frozen is None else frozen
         self.distance, self.decode = F.mse_loss if distance is None else distance, decode
+        self.decodes_by_sample = by_sample
 
     def facts(self) -> dict[str, Any]:
         distance = "squared error" if self.distance is F.mse_loss else type(self.distance).__name__
@@ -136,8 +146,8 @@ class FlowDistillation(FlowMethod):
     def losses(self, role: str, step: Step) -> Losses:
         noise, target, condition = pair_of(step)
         sample = self.generate(noise, condition)
-        if self.decode is not None:
-            with torch.no_grad():
-                target = self.decode(target)
-            sample = self.decode(sample)
-        return Losses({"distillation": self.distance(sample, target).mean()}, self._logs())
+        if self.decode is None:
+            loss = self.distance(sample, target).mean()
+        else:
+            loss = ImageDistance(self.decode, self.distance, by_sample=self.decodes_by_sample)(sample, target)
+        return Losses({"distillation": loss}, self._logs())

@@ -14,7 +14,7 @@ _KNOWN = {
     "optimizer": ("auto", "float32", "8bit"),
     "checkpointing": ("auto", "none", "recompute", "blocks"),
     "frozen": ("auto", "float32", "bfloat16"),
-    "decode": ("auto", "plain", "checkpointed", "tiled"),
+    "decode": ("auto", "plain", "sliced", "checkpointed", "tiled"),
     "guidance": ("auto", "chunked", "batched"),
     "idle": ("auto", "device", "cpu"),
 }
@@ -39,7 +39,8 @@ class MemoryConfig:
             residual and transformer block. Passes without a gradient keep nothing anyway.
         frozen: dtype that networks which never train are held in. "bfloat16" needs `precision` bfloat16. Their own
             weights are rounded, in place.
-        decode: of the VAE decoder in losses on pixels: "plain"; "checkpointed", block by block; "tiled", also tile by
+        decode: of the VAE decoder in losses on pixels: "plain"; "sliced", one sample's loss and gradient after the
+            other's, where the loss allows it, else as the next; "checkpointed", block by block; "tiled", also tile by
             tile (diffusers' tiling, which blends overlapping tiles and changes the image a little).
         guidance: the teacher's guided passes "chunked", one after the other, or "batched", both at once.
         idle: where networks of the teacher's pipeline wait that a stage has no use for, such as text encoders, whose
@@ -81,7 +82,7 @@ def settled(config: TrainerConfig, parameters: int) -> TrainerConfig:
         optimizer=_or(memory.optimizer, "8bit" if large and memory.rank is None else "float32"),
         checkpointing=_or(memory.checkpointing, "blocks" if large else "none"),
         frozen=_or(memory.frozen, "bfloat16" if large and precision == "bfloat16" else "float32"),
-        decode=_or(memory.decode, "checkpointed" if large else "plain"),
+        decode=_or(memory.decode, "sliced" if large else "plain"),
         guidance=_or(memory.guidance, "chunked"),
         idle=_or(memory.idle, "cpu" if large else "device"),
     )

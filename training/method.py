@@ -79,10 +79,13 @@ class Method(ABC):
         turns: in the order in which they come within an iteration. The first one's role is the student, whose updates
             count, and whose average is delivered.
         start: the timestep at which the student's first step starts.
+        decodes_by_sample: whether losses on pixels keep one sample's graph at a time, so that nothing of the decoder
+            need be computed again to save memory.
     """
 
     name: str
     start: int
+    decodes_by_sample: bool = False
     roles: dict[str, nn.Module]
     turns: tuple[Turn, ...]
 

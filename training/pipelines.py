@@ -7,13 +7,15 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
+
+from .files import partial, sync
 
 if TYPE_CHECKING:
     from diffusers import DDIMScheduler, DiffusionPipeline, LCMScheduler
@@ -125,15 +127,17 @@ def save_pipeline(
             saved from memory, in their dtype.
 
     Raises:
-        FileExistsError: `folder` holds something else.
+        FileExistsError: `folder` holds something else. OSError: it cannot be written; what was there is there.
         ValueError: a weight that is finite, but not in `dtype`.
     """
     folder = Path(folder)
     check_output_folder(folder)
     unet = _cast(pipeline.unet, dtype)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
-        fresh = Path(scratch) / folder.name
+    scratch = partial(folder)  # always the same: what a killed process left there is not left for ever
+    shutil.rmtree(scratch, ignore_errors=True)
+    try:
+        fresh = scratch / folder.name
         if frozen_parts is None:
             pipeline.save_pretrained(fresh, safe_serialization=True)
             shutil.rmtree(fresh / "unet")
@@ -150,9 +154,15 @@ def save_pipeline(
             (fresh / "README.md").write_text(card, encoding="utf-8")
         for path in fresh.rglob("*"):
             path.chmod(0o755 if path.is_dir() else 0o644)
+            sync(path)
         if folder.exists():
-            shutil.rmtree(folder)
+            os.replace(folder, scratch / "before")
         os.replace(fresh, folder)
+        sync(folder.parent)
+    except SafetensorError as error:
+        raise OSError(f"{folder}: cannot be written ({error})") from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def check_output_folder(folder: str | Path) -> None:

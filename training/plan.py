@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .activations import SavedTensors
 from .data import Data
 from .draws import Draws
-from .economy import restore
+from .economy import restore, shared_by, size_of
 from .method import Step, Turn
 from .recipe import MethodConfig, Setup, Stage
 from .settings import changed, from_settings, leaves
@@ -38,7 +38,7 @@ class RolePlan:
     Attributes:
         role, network: its name, and its class.
         updates: optimiser steps planned; None for one that does not train.
-        parameters: numbers, not bytes.
+        parameters: numbers, not bytes; with those of a base that others share.
         weight_bytes: parameters and buffers.
         gradient_bytes, optimizer_bytes, average_bytes: of the parameters that train; the average is the student's.
         saved_bytes: what the forward pass of one micro-batch keeps for its backward pass, at the batch size of the run.
@@ -223,8 +223,8 @@ def _plan_stage(stage: Stage, prepared: float) -> tuple[StagePlan, nn.Module]:
             name,
             type(network).__name__,
             iterations // turns[name].every if name in turns else None,
-            sum(p.numel() for p in network.parameters()),
-            _bytes([*network.parameters(), *network.buffers()], seen),
+            size_of(network),
+            _bytes([*shared_by(network), *network.parameters(), *network.buffers()], seen),
         )
         if name in turns:
             states = trainer.updaters[name].optimizer.state.values()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -70,3 +70,13 @@ class MethodConfig(Protocol):
 
     def stages(self, setup: Setup) -> Generator[Stage, nn.Module, Any]:
         """Yields one stage after the other and is sent what each delivers; the last one's is the student."""
+
+
+def settings_of(config: Any) -> dict[str, Any]:
+    """A configuration without its trainers and optimisers, which each stage has of its own; as nested dictionaries."""
+    values = {field.name: getattr(config, field.name) for field in fields(config)}
+    return {
+        name: settings_of(value) if is_dataclass(value) else value
+        for name, value in values.items()
+        if not isinstance(value, (TrainerConfig, RoleConfig))
+    }

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Protocol
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -14,6 +12,9 @@ from fastdistill.losses import LPIPS
 
 from .condition import Condition
 from .config import TrainerConfig, require
+from .economy import size_of
+from .image_distance import Distance, ImageDistance
+from .memory_config import settled
 from .method import Losses, Method, Step, Turn
 from .networks import conversion_point, predict_data
 from .pairs import Pairs, pairs_for
@@ -22,15 +23,12 @@ from .teacher import Teacher
 
 REGRESSIONS = ("l2", "pixel_l2", "lpips")
 
-Distance = Callable[[Tensor, Tensor], Tensor]
-
 
 class RegressionConfig(Protocol):
     """The fields of a configuration that has a regression term, and pairs for it."""
 
     trainer: TrainerConfig
     regression: str
-    regression_weight: float
     lpips_backbone: str | None
     lpips_heads: str | None
     pairs: int
@@ -50,24 +48,13 @@ def regression_distance(config: RegressionConfig, teacher: Teacher) -> Distance:
     """
     if config.regression == "l2":
         return F.mse_loss
-    distance = F.mse_loss
-    if config.regression == "lpips":
-        # VGG's activations at 512 px are larger than the UNet's: its stages are computed again in the backward.
-        lpips = LPIPS(config.lpips_backbone, config.lpips_heads, no_grad="y", checkpoint=True)
-        distance = lpips.to(teacher.device)
-
-    def of_images(x: Tensor, target: Tensor) -> Tensor:
-        with torch.no_grad():
-            target = teacher.decode(target)
-        return distance(teacher.decode(x), target).mean()
-
-    return of_images
-
-
-def decoder_of(config: RegressionConfig, teacher: Teacher) -> dict[str, nn.Module]:
-    """The VAE, as the role that it has where the distance is one of images."""
-    used = config.regression_weight > 0 or getattr(config, "warm_up_updates", 0) > 0
-    return {"decoder": teacher.pipeline.vae} if used and config.regression != "l2" else {}
+    by_sample = settled(config.trainer, size_of(teacher.unet)).memory.decode == "sliced"
+    networks = {"decoder": teacher.pipeline.vae}
+    if config.regression == "pixel_l2":
+        return ImageDistance(teacher.decode, F.mse_loss, networks, by_sample)
+    # VGG's activations at 512 px are larger than the UNet's: those of a whole batch are computed again.
+    lpips = LPIPS(config.lpips_backbone, config.lpips_heads, no_grad="y", checkpoint=not by_sample).to(teacher.device)
+    return ImageDistance(teacher.decode, lpips, networks | {"lpips": lpips}, by_sample)
 
 
 def regression_pairs(config: RegressionConfig, setup: Setup) -> Pairs:
@@ -99,28 +86,22 @@ class Regression(Method):
         student: trained here, in place.
         schedule, prediction_type: the teacher's.
         start: the timestep at which the student is called, its input being unit noise.
-        distance: see `regression_distance`.
-        frozen: networks that `distance` uses, by name.
+        distance: see `regression_distance`; what it calls its `networks` are roles too.
     """
 
     name = "regression"
 
     def __init__(
-        self,
-        student: nn.Module,
-        schedule: Schedule,
-        prediction_type: str,
-        start: int,
-        distance: Distance = F.mse_loss,
-        frozen: dict[str, nn.Module] | None = None,
+        self, student: nn.Module, schedule: Schedule, prediction_type: str, start: int, distance: Distance = F.mse_loss
     ) -> None:
-        self.roles = {"student": student.train().requires_grad_(True), **(frozen or {})}
+        self.roles = {"student": student.train().requires_grad_(True), **getattr(distance, "networks", {})}
         self.turns = (Turn("student"),)
         self.prediction_type = prediction_type
         self.start = start
         schedule = schedule.to(next(student.parameters()).device)
         self.start_point = conversion_point(schedule, start, prediction_type)
         self.distance = distance
+        self.decodes_by_sample = getattr(distance, "by_sample", False)
 
     def losses(self, role: str, step: Step) -> Losses:
         batch = step.batch

@@ -17,7 +17,7 @@ from fastdistill.models import bundled_models, resolve_model
 from .card import student_card
 from .data import Data
 from .digits import digits_card, digits_prompts
-from .distill import Callback, Distilled, distill
+from .distill import Callback, Distilled, check_checkpoints, distill
 from .documented import commented_yaml, shown
 from .images import ImagesConfig, open_images
 from .memory_plan import MemoryPlan
@@ -88,8 +88,8 @@ def load_run(
         method: name of the method; None takes it from the file.
         file: YAML with the fields of `RunConfig`; under `method` its settings, with its `name`.
         settings: lines "NAME=VALUE": a setting of the method by its dotted name, or a field of the run.
-        options: fields of `RunConfig`, the `updates` of the method's trainer, and a `seed` for it and the images; None
-            is not given.
+        options: fields of `RunConfig`; of the method's trainer `updates` and `precision`, and of its memory `roles`,
+            `optimizer` and `checkpointing`; a `seed` for it and the images. None is not given.
 
     Raises:
         SettingsError: an unknown name, with the nearest known one, or a value that cannot be, saying where it was read.
@@ -163,8 +163,8 @@ def check_run(run: RunConfig, *, resume: bool = False, writes: bool = True) -> l
         check_output_folder(run.out)
     if resume and run.checkpoints is None:
         raise ValueError("--resume needs --checkpoints, the folder of the run to continue")
-    if resume and not any(run.checkpoints.glob("*/step-*")):
-        raise ValueError(f"--resume: there is no checkpoint in {run.checkpoints}")
+    if not (resume and was_begun(run.checkpoints)):
+        check_checkpoints(run.checkpoints, resume)
     resolve_model(run.teacher)
     if run.pairs is not None and not run.pairs.is_dir():
         raise ValueError(f"pairs {run.pairs}: no such folder")
@@ -176,6 +176,11 @@ def check_run(run: RunConfig, *, resume: bool = False, writes: bool = True) -> l
             f"{trainer.deliver!r} need figures; needed --set validation.kind=digits or reference"
         )
     return prompts
+
+
+def was_begun(checkpoints: Path) -> bool:
+    """Whether a run has come to its first update there."""
+    return (checkpoints / RUN_FILE).is_file()
 
 
 def open_data(run: RunConfig, teacher: Teacher, world: World | None = None) -> Data | None:
@@ -224,7 +229,8 @@ def train(
             pairs=run.pairs,
             callback=_Callbacks(seeing, callback, None if world is not None and not world.is_first else run),
             checkpoints=run.checkpoints,
-            resume=resume,
+            # One that was killed before its first checkpoint begins again.
+            resume=resume and any(run.checkpoints.glob("*/step-*")),
             validate=validate,
             world=world,
         )
@@ -237,9 +243,7 @@ def memory_of(run: RunConfig, teacher: Teacher, prompts: int, images: Data | Non
     Raises: as `plan_memory`.
     """
     given = run.pairs is not None
-    return plan_memory(
-        run.method, teacher, prompts=prompts, images=images, pairs_given=given, device=teacher.device
-    )
+    return plan_memory(run.method, teacher, prompts=prompts, images=images, pairs_given=given, device=teacher.device)
 
 
 class _Callbacks:
@@ -323,6 +327,10 @@ _OPTIONS = {
     "device": "--device",
     "export_dtype": "--export-dtype",
     "method.trainer.updates": "--updates",
+    "method.trainer.precision": "--precision",
+    "method.trainer.memory.roles": "--roles",
+    "method.trainer.memory.optimizer": "--optimizer",
+    "method.trainer.memory.checkpointing": "--checkpointing",
 }
 # What is said already, or does not change the student.
 _UNSAID = ("teacher", "prompts", "out", "checkpoints", "watch", "method.trainer.seed")
@@ -352,8 +360,10 @@ def _with_images(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _nested(option: str, value: Any) -> dict[str, Any]:
-    if option == "updates":
-        return {"method": {"trainer": {"updates": value}}}
+    if option in ("updates", "precision"):
+        return {"method": {"trainer": {option: value}}}
+    if option in ("roles", "optimizer", "checkpointing"):
+        return {"method": {"trainer": {"memory": {option: value}}}}
     if option == "seed":
         return {"method": {"trainer": {"seed": value}}, "images": {"seed": value}}
     return {option: value}

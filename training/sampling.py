@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +39,6 @@ def sampler_of(
     return pipeline
 
 
-@torch.no_grad()
 def sample(
     pipeline: DiffusionPipeline,
     prompts: Sequence[str],
@@ -57,27 +57,57 @@ def sample(
             steps. Schedulers that draw more numbers draw from a generator of their own.
         batch_size: images made at once.
     """
+    options = {"steps": steps, "guidance_scale": guidance_scale, "seed": seed, "batch_size": batch_size}
+    return torch.cat([images for _, images in sample_batches(pipeline, prompts, **options)])
+
+
+def sample_batches(
+    pipeline: DiffusionPipeline,
+    prompts: Sequence[str],
+    *,
+    steps: int,
+    guidance_scale: float = 1.0,
+    seed: int = 0,
+    batch_size: int = 50,
+    chosen: Container[int] | None = None,
+) -> Iterator[tuple[int, Tensor]]:
+    """`sample`, batch by batch: the number of the batch, and its images.
+
+    chosen: numbers of the batches to make, which are the same whichever others are made; None is all.
+    """
     unet = pipeline.unet
     side = unet.config.sample_size
     height, width = (side, side) if isinstance(side, int) else side
-    shape = (len(prompts), unet.config.in_channels, height, width)
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(unet.device, unet.dtype)
+    shape = (unet.config.in_channels, height, width)
     # A network that is held in bfloat16 while others are not computes as it does in training.
     bfloat16 = torch.autocast(unet.device.type, torch.bfloat16, enabled=unet.dtype == torch.bfloat16)
-    images = []
-    with at_hand(pipeline), bfloat16:
-        for first in range(0, len(prompts), batch_size):
-            images += pipeline(
-                list(prompts[first : first + batch_size]),
-                num_inference_steps=steps,
-                guidance_scale=guidance_scale,
-                latents=noise[first : first + batch_size],
-                height=height * pipeline.vae_scale_factor,
-                width=width * pipeline.vae_scale_factor,
-                generator=torch.Generator().manual_seed(seed * 1_000_003 + first + 1),
-                output_type="pt",
-            ).images
-    return torch.stack(images).float().cpu() * 2 - 1
+    with at_hand(pipeline):
+        for number, noise in enumerate(_noise(len(prompts), shape, seed, batch_size)):
+            if chosen is not None and number not in chosen:
+                continue
+            first = number * batch_size
+            with torch.no_grad(), bfloat16:
+                images = pipeline(
+                    list(prompts[first : first + batch_size]),
+                    num_inference_steps=steps,
+                    guidance_scale=guidance_scale,
+                    latents=noise.to(unet.device, unet.dtype),
+                    height=height * pipeline.vae_scale_factor,
+                    width=width * pipeline.vae_scale_factor,
+                    generator=torch.Generator().manual_seed(seed * 1_000_003 + first + 1),
+                    output_type="pt",
+                ).images
+            yield number, images.float().cpu() * 2 - 1
+
+
+def _noise(count: int, shape: tuple[int, ...], seed: int, batch_size: int) -> Iterator[Tensor]:
+    """`torch.randn(count, *shape)` of a seed in batches, of which no more than one need be in memory."""
+    generator = torch.Generator().manual_seed(seed)
+    if math.prod(shape) % 16:  # torch draws 16 numbers at a time: another split would be other numbers
+        yield from torch.randn(count, *shape, generator=generator).split(batch_size)
+        return
+    for first in range(0, count, batch_size):
+        yield torch.randn(min(batch_size, count - first), *shape, generator=generator)
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
@@ -18,7 +18,8 @@ from .config import RoleConfig, TrainerConfig
 from .contract import check_gradient_contract
 from .data import Data
 from .draws import Draws
-from .economy import bases, economize, size_of
+from .economy import economize, shared_by, size_of
+from .files import alone
 from .interruption import Interruption
 from .memory_config import settled
 from .method import Losses, Method, Step, Turn
@@ -42,11 +43,12 @@ class Trainer:
         data: where batches come from.
         config: of the run; what is "auto" there is settled here, by the size of the student.
         roles: of each role that trains.
-        folder: where checkpoints go; None keeps none. With a folder, SIGTERM and SIGINT end the run after the iteration
-            that it is in, with a checkpoint.
+        folder: where checkpoints go; None keeps none. With a folder, SIGTERM and SIGINT, however often they come, end
+            the run after the iteration that it is in, with a checkpoint.
         validate: figures of the averaged student, in evaluation mode; of the first one lower is better. It must not
             depend on torch's global random numbers.
         stage: what the run is called in reports; the method's name unless given.
+        settings: what else a checkpoint must agree with, JSON: the method's own settings.
         world: the processes that share every batch; this one alone unless given. The first one writes and validates.
 
     An iteration is one pass over the turns: a role whose turn is due is updated once, on `accumulation` micro-batches
@@ -63,6 +65,7 @@ class Trainer:
         folder: str | Path | None = None,
         validate: Validate | None = None,
         stage: str | None = None,
+        settings: Mapping[str, Any] | None = None,
         world: World | None = None,
     ) -> None:
         trained = list(dict.fromkeys(turn.role for turn in method.turns))
@@ -75,6 +78,8 @@ class Trainer:
         self.validate, self.stage, self.world = validate, stage or method.name, world or World()
         for role, network in method.roles.items():
             network.requires_grad_(role in trained)
+        self.settings = dict(settings or {}) | {role: asdict(roles[role]) for role in trained}
+        self._owns_folder = False
         # The average is a plain copy: it is delivered.
         self.average = EMA(method.roles[self.student], config.ema_decay)
         economize(method, config.memory, trained)
@@ -93,13 +98,15 @@ class Trainer:
         Raises:
             GradientContractError: before the first update, if a loss term would move another role than its own.
             Diverged: more than `config.most_skipped` updates of a role were left out.
-            CheckpointError: the last checkpoint could not be written.
+            CheckpointError: a checkpoint could not be written; the folder holds another run's and this one was not
+                resumed.
+            BlockingIOError: another process trains in the folder.
         """
-        self._check_contract()
-        self._tell(callback, "begin")
         ended = "finished"
-        with Interruption(kept=self.folder is not None) as interruption:
-            while self.updaters[self.student].attempts < self.config.updates:
+        with self._alone(), Interruption(kept=self.folder is not None, patient=True) as interruption:
+            self._check_contract()
+            self._tell(callback, "begin")
+            while not self.world.any(interruption.requested is not None) and not self._is_finished:
                 self.iterate()
                 improved = self._is_due(self.config.validate_every, at_the_end=True) and self._validate()
                 if self._is_due(self.config.report_every, at_the_end=True):
@@ -107,18 +114,33 @@ class Trainer:
                     if self.world.any(callback is not None and bool(callback(self.progress()))):
                         ended = "callback"
                         break
-                if self.world.any(interruption.requested is not None):
-                    ended = interruption.requested or "SIGTERM"
-                    break
                 if improved or self._is_due(self.config.checkpoint_every):
                     self.save()
-        self.save()
+            self.save()
+            if self.world.any(interruption.requested is not None):
+                ended = interruption.requested or "SIGTERM"
         if self.config.deliver == "best" and self.validation.average is not None:
             self.average.network.load_state_dict(self.validation.average)
         self._tell(callback, "end")
         found = self.validation
         losses = self._read_losses()
         return Run(self.average.network, self._updates(), self.seconds, losses, ended, found.figures, found.best)
+
+    @property
+    def _is_finished(self) -> bool:
+        return self.updaters[self.student].attempts >= self.config.updates
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """In the folder: no other process, and no other run's checkpoints, which would be taken for this one's."""
+        if self.folder is None or not self.world.is_first:
+            yield
+            return
+        if not self._owns_folder and checkpoint.there_are(self.folder):
+            raise checkpoint.CheckpointError(f"{self.folder}: holds checkpoints; needed resume, or another folder")
+        self._owns_folder = True
+        with alone(self.folder):
+            yield
 
     def _tell(self, callback: object, moment: str) -> None:
         told = getattr(callback, moment, None)
@@ -191,6 +213,7 @@ class Trainer:
             "random": checkpoint.random_state(),
             "average": self.average.network.state_dict(),
             "validation": asdict(self.validation),
+            "losses": dict(self.losses),
         }
         for role, updater in self.updaters.items():
             state[role] = self.method.roles[role].state_dict()
@@ -200,8 +223,15 @@ class Trainer:
     def load_state(self, state: dict[str, Any]) -> None:
         """Raises CheckpointError, before anything is changed, if the state is another run's."""
         different = _differences(state["identity"], self._identity())
+        for role in self.updaters:
+            found = _shapes(state.get(role, {})), _shapes(self.method.roles[role].state_dict())
+            different += _differences(*found, f"{role}.")
         if different:
-            raise checkpoint.CheckpointError("the checkpoint is of another run: " + "; ".join(different))
+            more = f"; and {len(different) - SHOWN} more" if len(different) > SHOWN else ""
+            raise checkpoint.CheckpointError(
+                f"the checkpoint is of another run: {'; '.join(different[:SHOWN])}{more}; needed its settings, or "
+                "another folder"
+            )
         for role, updater in self.updaters.items():
             self.method.roles[role].load_state_dict(state[role])
             updater.load_state_dict(state[f"{role}.optimizer"])
@@ -209,7 +239,9 @@ class Trainer:
         self.validation = Validation(**state["validation"])
         counters = state["counters"]
         self.iteration, self.samples, self.seconds = (counters[name] for name in ("iteration", "samples", "seconds"))
+        self.losses = {name: value.to(_device(self.method.roles)) for name, value in state["losses"].items()}
         checkpoint.restore_random_state(state["random"])
+        self._owns_folder = True
 
     def progress(self) -> TrainingProgress:
         """The run as it stands; waits for the device."""
@@ -284,7 +316,7 @@ class Trainer:
         step = Step(self.data.batch(0, draws.fork("data")), draws)
         with torch.random.fork_rng(), _untouched_buffers(self.method), self.method.probing():
             for turn in self.method.turns:
-                check_gradient_contract(self.method.roles, self._terms(turn, step))
+                check_gradient_contract(self.method.roles, self._terms(turn, step), flat=self.iteration > 0)
 
     def _terms(self, turn: Turn, step: Step) -> dict[str, tuple[str, Callable[[], Tensor]]]:
         def compute(wanted: str | None = None) -> dict[str, Tensor]:
@@ -317,7 +349,8 @@ class Trainer:
                 self.save()
                 raise Diverged(
                     f"{role}: {updater.skipped} updates were left out for losses that explode or gradients that are "
-                    f"not finite (most_skipped {self.config.most_skipped}); the networks are as they were before"
+                    f"not finite (most_skipped {self.config.most_skipped}); the networks are as they were before: a "
+                    "larger most_skipped, with a lower learning_rate, goes on from there"
                 )
 
     def _updates(self) -> dict[str, int]:
@@ -329,17 +362,26 @@ class Trainer:
 
     def _identity(self) -> dict[str, Any]:
         """What a checkpoint must agree with."""
-        config = asdict(self.config)
-        for free in _FREE:
-            config.pop(free)
+        config = _without(asdict(self.config), _FREE)
         # The rest of it changes where numbers are kept, and nothing but their rounding.
         config["memory"] = {name: config["memory"][name] for name in ("roles", "optimizer")}
         networks = {role: _architecture(self.method.roles[role]) for role in self.updaters}
-        return {"method": self.method.name, "facts": self.method.facts(), "config": config, "networks": networks}
+        return {
+            "method": self.method.name,
+            "facts": self.method.facts(),
+            "turns": {turn.kind: turn.every for turn in self.method.turns},
+            "config": config,
+            "settings": _without(self.settings, _FREE_OF_A_ROLE),
+            "networks": networks,
+        }
 
 
 # Settings that a resumed run may change.
-_FREE = ("updates", "report_every", "checkpoint_every", "keep_checkpoints", "most_skipped", "validate_every", "deliver")
+_FREE = ("updates", "report_every", "checkpoint_every", "keep_checkpoints", "most_skipped", "explosion")
+_FREE += ("validate_every", "deliver")
+_FREE_OF_A_ROLE = ("learning_rate",)
+SHOWN = 5
+"""Differences that the refusal of a checkpoint lists."""
 
 
 @contextmanager
@@ -377,8 +419,21 @@ def _architecture(network: nn.Module) -> dict[str, list]:
     """Class, and how many parameters of how many values: enough to tell networks apart, short enough to read."""
     sizes = [p.numel() for p in network.parameters()]
     found = {"class": type(network).__name__, "parameters": len(sizes), "values": sum(sizes)}
-    base = sum(p.numel() for base in bases(network) for p in base.base_parameters())
+    base = sum(p.numel() for p in shared_by(network))
     return found | ({"base": base} if base else {})
+
+
+def _shapes(state: Mapping[str, Any]) -> dict[str, list[int]]:
+    return {name: list(value.shape) for name, value in state.items() if isinstance(value, Tensor)}
+
+
+def _without(settings: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    """As JSON gives it back; without these names on any level."""
+    return {
+        name: _without(value, names) if isinstance(value, Mapping) else list(value) if type(value) is tuple else value
+        for name, value in settings.items()
+        if name not in names
+    }
 
 
 def _differences(theirs: dict, ours: dict, place: str = "") -> list[str]:

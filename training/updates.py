@@ -106,6 +106,7 @@ class RoleUpdater:
             "guard": self.guard.state_dict(),
             "attempts": self.attempts,
             "skipped": self.skipped,
+            "grad_norm": self.optimizer.grad_norm,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -113,6 +114,8 @@ class RoleUpdater:
         self.guard.load_state_dict(state["guard"])
         self.attempts = state["attempts"]
         self.optimizer.skipped.fill_(state["skipped"])
+        if state["grad_norm"] is not None:
+            self.optimizer.grad_norm = state["grad_norm"].to(self.optimizer.skipped.device)
 
 
 def warm_up_then_decay(

@@ -6,7 +6,7 @@ The first figure of each kind is the one that decides which student is the best;
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,12 +16,13 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor, nn
 
-from fastdistill.metrics import FrechetStatistics, inception_statistics, sliced_wasserstein
+from fastdistill.metrics import FrechetStatistics, inception_features, sliced_wasserstein
+from fastdistill.metrics._features import as_tensor
 from fastdistill.metrics.compare import PICTURES, picture_features, read_features
 
 from .config import require
 from .method import Method
-from .sampling import sample, sampler_of
+from .sampling import sample_batches, sampler_of
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 KINDS = ("none", "digits", "reference")
 Features = Callable[[Tensor], Tensor | np.ndarray]
 """From images (B, 3, H, W) float32 in [-1, 1] on the teacher's device to features (B, D)."""
+Measure = tuple[Callable[[Tensor], Tensor], Callable[[Sequence[Tensor]], dict[str, float]]]
+"""From images (B, 3, H, W) to features (B, D) float64 on the CPU; from those of all batches, in order, to figures."""
 
 
 @dataclass(frozen=True)
@@ -94,42 +97,23 @@ class Validator:
         features: Features | None = None,
     ) -> None:
         require("kind", config.kind, config.kind != "none", "digits or reference, for there to be a validation")
-        if not prompts:
-            raise ValueError("prompts: none; needed 1 or more to make images of")
         self.config, self.teacher = config, getattr(teacher, "pipeline", teacher)
-        self.prompts = [prompts[index * len(prompts) // config.count] for index in range(config.count)]
-        if config.kind == "digits":
-            from fastdistill.models.digits.data import load_originals
-
-            load_originals()
-        else:
-            unet = self.teacher.unet
-            height, width = _sides(unet.config.sample_size, self.teacher.vae_scale_factor)
-            self._distance = _distance(config, features, (width, height), unet.device)
+        self.prompts = prompts_of(config, prompts)
+        self._features, self._figures = measure(config, self.teacher, features)
 
     def __call__(self, student: nn.Module, method: Method) -> dict[str, float]:
         """Figures of the student, sampled as `method` says, in as many steps. It is in evaluation mode."""
         pipeline = sampler_of(self.teacher, student, method.scheduler(self.teacher.scheduler))
         config, sampling = self.config, method.sampling()
-        guidance_scale = sampling.get("guidance_scale", 1.0)
-        if config.kind == "digits":
-            return digits_validation(
-                pipeline,
-                sampling["steps"],
-                guidance_scale=guidance_scale,
-                seed=config.seed,
-                count=config.count,
-                batch_size=config.batch_size,
-            )
-        images = sample(
+        batches = sample_batches(
             pipeline,
             self.prompts,
             steps=sampling["steps"],
-            guidance_scale=guidance_scale,
+            guidance_scale=sampling.get("guidance_scale", 1.0),
             seed=config.seed,
             batch_size=config.batch_size,
         )
-        return self._distance(images)
+        return self._figures([self._features(images) for _, images in batches])
 
 
 def digits_validation(
@@ -150,47 +134,99 @@ def digits_validation(
         count: a multiple of 10, 20 or more.
         batch_size: images made at once.
     """
-    from fastdistill.models.digits.metrics import score
-    from fastdistill.models.digits.sampling import balanced_labels
-    from fastdistill.models.digits.text import prompt
-
-    require("count", count, count % 10 == 0 and count >= 20, "a multiple of 10, 20 or more")
-    labels = balanced_labels(count // 10)
-    prompts = [prompt(int(label)) for label in labels]
-    images = sample(pipeline, prompts, steps=steps, guidance_scale=guidance_scale, seed=seed, batch_size=batch_size)
-    scores = score(images, labels)
-    return {"fd": scores.fd, "accuracy": scores.accuracy, "diversity": scores.diversity}
+    config = ValidationConfig("digits", count=count, seed=seed, batch_size=batch_size)
+    options = {"steps": steps, "guidance_scale": guidance_scale, "seed": seed, "batch_size": batch_size}
+    batches = sample_batches(pipeline, prompts_of(config, ()), **options)
+    return _digits_figures([_digits_features(images) for _, images in batches])
 
 
-def _distance(
-    config: ValidationConfig, features: Features | None, size: tuple[int, int], device: torch.device
-) -> Callable[[Tensor], dict[str, float]]:
-    """From images (N, 3, H, W) in [-1, 1] to their distance from the reference, which is read here."""
+def prompts_of(config: ValidationConfig, prompts: Sequence[str]) -> list[str]:
+    """One for each image: evenly spread over `prompts`; kind "digits" has its own, as many of each digit."""
+    if config.kind == "digits":
+        from fastdistill.models.digits.sampling import balanced_labels
+        from fastdistill.models.digits.text import prompt
+
+        return [prompt(int(label)) for label in balanced_labels(config.count // 10)]
+    if not prompts:
+        raise ValueError("prompts: none; needed 1 or more to make images of")
+    return [prompts[index * len(prompts) // config.count] for index in range(config.count)]
+
+
+def measure(config: ValidationConfig, pipeline: DiffusionPipeline, features: Features | None = None) -> Measure:
+    """The two halves of a measurement: features of a batch, and figures of the features of all batches.
+
+    The features of different batches may be taken by different processes.
+
+    Args:
+        config: what to measure.
+        pipeline: whose images are measured; it gives their size and the device.
+        features: in place of `config.features`.
+
+    Raises:
+        ValueError, OSError, ImportError: as `Validator`.
+    """
+    of_batch = features_of(config, pipeline, features)
+    if config.kind == "digits":
+        from fastdistill.models.digits.data import load_originals
+
+        load_originals()
+        return of_batch, _digits_figures
     path = Path(config.reference)
-    name = "fd"
-    if features is None and config.features is not None:
-        inception = config.features.endswith(".pth")
-        name = "fid" if inception else name
-        features = None if inception else _imported(config.features)
-    if features is None and name == "fd":
-        real = read_features(path, config.size)
-        return lambda images: {"sliced_wasserstein": sliced_wasserstein(real, _small(images, config.size))}
-
-    def statistics(batches: Callable[[], object]) -> FrechetStatistics:
-        if name == "fid":
-            whole = (((batch.clamp(-1, 1) + 1) / 2) for batch in batches())
-            return inception_statistics(whole, config.features, batch_size=config.batch_size, device=device)
-        gathered = FrechetStatistics()
-        with torch.no_grad():
-            for batch in batches():
-                gathered.update(features(batch.to(device)))
-        return gathered
-
+    name = _figure(config, features)
+    if name == "sliced_wasserstein":
+        pixels = read_features(path, config.size)
+        return of_batch, lambda batches: {name: sliced_wasserstein(pixels, torch.cat(list(batches)))}
     if path.is_file():
         real = FrechetStatistics.load(path)
     else:
-        real = statistics(lambda: _pictures(path, size, config.batch_size))
-    return lambda images: {name: statistics(lambda: images.split(config.batch_size)).distance(real)}
+        height, width = _sides(pipeline.unet.config.sample_size, pipeline.vae_scale_factor)
+        real = _statistics(of_batch(batch) for batch in _pictures(path, (width, height), config.batch_size))
+    return of_batch, lambda batches: {name: _statistics(batches).distance(real)}
+
+
+def features_of(
+    config: ValidationConfig, pipeline: DiffusionPipeline, features: Features | None = None
+) -> Callable[[Tensor], Tensor]:
+    """The first half of `measure`, which needs no reference: from images (B, 3, H, W) in [-1, 1] to (B, D) float64."""
+    device = pipeline.unet.device
+    if config.kind == "digits":
+        return _digits_features
+    if features is not None or _figure(config, features) == "fd":
+        given = _imported(config.features) if features is None else features
+        return torch.no_grad()(lambda images: as_tensor(given(images.to(device))).double().cpu())
+    if config.features is None:
+        return lambda images: _small(images, config.size)
+    inception = inception_features(config.features, device)
+    return lambda images: as_tensor(inception((images.clamp(-1, 1) + 1) / 2)).double().cpu()
+
+
+def _figure(config: ValidationConfig, features: Features | None) -> str:
+    """Name of the figure of kind "reference"."""
+    if features is None and config.features is None:
+        return "sliced_wasserstein"
+    return "fid" if features is None and config.features.endswith(".pth") else "fd"
+
+
+def _statistics(batches: Iterable[Tensor]) -> FrechetStatistics:
+    gathered = FrechetStatistics()
+    for batch in batches:
+        gathered.update(batch)
+    return gathered
+
+
+def _digits_features(images: Tensor) -> Tensor:
+    from fastdistill.models.digits.metrics import to_pixels
+
+    return torch.from_numpy(to_pixels(images))
+
+
+def _digits_figures(batches: Sequence[Tensor]) -> dict[str, float]:
+    from fastdistill.models.digits.metrics import score_pixels
+    from fastdistill.models.digits.sampling import balanced_labels
+
+    pixels = torch.cat(list(batches)).numpy()
+    scores = score_pixels(pixels, balanced_labels(len(pixels) // 10))
+    return {"fd": scores.fd, "accuracy": scores.accuracy, "diversity": scores.diversity}
 
 
 def _small(images: Tensor, size: int) -> Tensor:

@@ -6,7 +6,7 @@ from .accuracy import classifier_accuracy
 from .clip import clip_score, clip_similarities
 from .diversity import diversity
 from .frechet import FrechetStatistics, frechet_distance
-from .inception import fid, inception_statistics
+from .inception import fid, inception_features, inception_statistics
 from .neighbours import PrecisionRecall, precision_recall
 from .wasserstein import sliced_wasserstein
 
@@ -19,6 +19,7 @@ __all__ = [
     "diversity",
     "fid",
     "frechet_distance",
+    "inception_features",
     "inception_statistics",
     "precision_recall",
     "sliced_wasserstein",

@@ -74,13 +74,19 @@ def inception_statistics(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: needed 1 or more")
-    network = _network(inception, device)
+    features = inception_features(inception, device)
     statistics = FrechetStatistics()
     whole = isinstance(images, Tensor | np.ndarray | Image.Image | list | tuple)
     for batch in (images,) if whole else images:
         for part in as_bytes(batch).split(batch_size):
-            statistics.update(network(part.to(device)))
+            statistics.update(features(part))
     return statistics
+
+
+def inception_features(inception: Inception, device: str | torch.device = "cpu") -> Callable[[Images], Features]:
+    """The function from images to their features (N, D) on `device` behind `inception_statistics`; same arguments."""
+    network = _network(inception, device)
+    return torch.no_grad()(lambda images: network(as_bytes(images).to(device)))
 
 
 def _network(inception: Inception, device: str | torch.device) -> Callable[[Tensor], Features]:

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from fastdistill.bench import group_norm_silu, profiling, providers, rows, training
+from fastdistill.bench import group_norm_silu, profiling, providers, rows, training, training_memory
 from fastdistill.bench.cli import app
 from fastdistill.bench.environment import commit
 from PIL import Image
@@ -183,8 +183,8 @@ def test_a_dry_run_lists_the_rows_of_a_gpu_without_one():
     lines = result.stdout.splitlines()
     assert lines[0] == "group_norm_silu forward bfloat16 channels_last cold cuda 1280x8x8"
     assert "engine cached prompt float32 - - fastdistill digits-dmd" in lines
-    # Two providers, three caches, two dtypes; group_norm_silu in two layouts; two rows of the engine, 11 of training.
-    assert lines[-1] == f"{2 * 3 * 2 * (2 + 1) + 2 + 11} rows"
+    # Two providers, three caches, two dtypes; group_norm_silu in two layouts; two rows of the engine, 18 of training.
+    assert lines[-1] == f"{2 * 3 * 2 * (2 + 1) + 2 + 18} rows"
 
 
 def test_an_op_without_the_shape_is_left_out_where_another_has_it():
@@ -208,6 +208,7 @@ def test_a_profile_is_a_trace_with_the_names_of_the_calls(tmp_path):
 
 def test_the_engine_and_an_update_are_measured_with_their_errors(tmp_path, monkeypatch):
     monkeypatch.setattr(training, "CASES", {"reflow": training.CASES["reflow"]})
+    monkeypatch.setattr(training_memory, "OPTIONS", {})
     result = run("engine", "training", "--pairs", "3", "--out", tmp_path)
     assert result.exit_code == 0, result.output
     measured = {row.key.mode: row for row, _ in rows.read_jsonl(tmp_path / rows.RESULTS)}

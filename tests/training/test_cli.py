@@ -2,22 +2,30 @@
 
 import json
 import os
+import shutil
 import signal
 import sys
 
+import diffusers
 import pytest
+import torch
 from fastdistill.training import Trainer, distill
 from fastdistill.training.__main__ import app
 from fastdistill.training.documented import described
+from fastdistill.training.pairs import pairs_for
 from fastdistill.training.registry import METHODS, config_class
 from fastdistill.training.run import load_run
+from fastdistill.training.watch import watching
+from PIL import Image
+from safetensors import SafetensorError
 from typer.testing import CliRunner
 
+from fastdistill._pictures import png
 from fastdistill.models.digits.folder import save_folder
 
 from .toys import tiny_pipeline
 
-distill_module = sys.modules[distill.__module__]
+distill_module, run_module, supply_module = (sys.modules[each.__module__] for each in (distill, load_run, pairs_for))
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 TINY = [f"--set={setting}" for setting in ("trainer.batch_size=4", "critic_ratio=2", "pairs=4", "pair_steps=2")]
 
@@ -90,6 +98,99 @@ def test_a_run_that_is_terminated_exits_with_0_and_says_how_it_is_continued_to_t
     assert (tmp_path / "student" / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("module", "name", "number", "begun"),
+    [
+        (run_module, "Teacher", signal.SIGTERM, False),
+        (supply_module, "generate", signal.SIGINT, False),
+        (distill_module, "save_pipeline", signal.SIGTERM, True),
+    ],
+)
+def test_a_signal_outside_of_the_loop_ends_with_0_loses_nothing_and_says_how_to_go_on(
+    inputs, tmp_path, monkeypatch, module, name, number, begun
+):
+    arguments = ["--out", tmp_path / "student", "--checkpoints", tmp_path / "run", "--updates", 1, *inputs]
+    original = getattr(module, name)
+
+    def interrupted(*given, **options):
+        os.kill(os.getpid(), number)
+        return original(*given, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, name, interrupted)
+        first = run(*arguments)
+    assert first.exit_code == 0, first.output
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    again = f"go on with: fastdistill train dmd --config {tmp_path}/run/run.yaml --resume"
+    assert (again if begun else "the same command begins again") in first.output
+    second = run(*(again.split()[6:] if begun else arguments))
+    assert second.exit_code == 0, second.output
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "student"]
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_is_begun_again_by_a_resume(inputs, tmp_path, monkeypatch):
+    monkeypatch.setattr(watching, "plot_png", lambda lines, group, colours: png(Image.new("RGB", (1, 1)), {}))
+    arguments = ["--out", tmp_path / "student", "--checkpoints", tmp_path / "run", "--watch", tmp_path / "seen"]
+    arguments += ["--updates", 2, "--set=trainer.report_every=1", *inputs]
+    assert run(*arguments).exit_code == 0
+    log = (tmp_path / "seen" / "log.jsonl").read_text().splitlines()
+    shutil.rmtree(tmp_path / "run" / "dmd")
+    resumed = run("--config", tmp_path / "run" / "run.yaml", "--resume")
+    assert resumed.exit_code == 0, resumed.output
+    again = (tmp_path / "seen" / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["losses"] for line in again] == [json.loads(line)["losses"] for line in log]
+
+
+def test_a_new_run_in_the_folder_of_another_is_refused_before_anything_is_loaded(inputs, tmp_path):
+    arguments = ["--out", tmp_path / "student", "--checkpoints", tmp_path / "run", "--updates", 1, *inputs]
+    assert run(*arguments).exit_code == 0
+    before = (tmp_path / "run" / "run.yaml").read_text()
+    again = run(*arguments, "--seed", 3)
+    assert again.exit_code == 2
+    assert f"checkpoints {tmp_path}/run: holds a run; needed resume, which continues it" in again.output
+    assert (tmp_path / "run" / "run.yaml").read_text() == before
+
+
+def test_a_resume_with_what_makes_another_run_is_refused_with_the_difference(inputs, tmp_path):
+    assert run("--out", tmp_path / "student", "--checkpoints", tmp_path / "run", "--updates", 1, *inputs).exit_code == 0
+    pipeline = tiny_pipeline()
+    with torch.no_grad():
+        pipeline.unet.conv_in.bias += 1
+    other = save_folder(pipeline, tmp_path / "other", "a card")
+    for changed, message in (
+        ("--set=regression_weight=0.25", "settings.regression_weight is 0.5 in the checkpoint and 0.25 here"),
+        ("--set=prompts=[two]", "settings.prompts is"),
+        ("--set=fake_score.beta2=0.9", "settings.fake_score.beta2 is 0.999 in the checkpoint and 0.9 here"),
+        (f"--teacher={other}", "settings.weights before is"),
+    ):
+        refused = run("--config", tmp_path / "run" / "run.yaml", "--resume", "--updates", 2, changed)
+        assert refused.exit_code == 2
+        assert message in refused.output
+    resumed = run("--config", tmp_path / "run" / "run.yaml", "--resume", "--set=student.learning_rate=0.001")
+    assert resumed.exit_code == 0, resumed.output
+
+
+def test_a_disk_that_is_full_when_the_student_is_saved_loses_nothing_and_a_resume_saves_it(
+    inputs, tmp_path, monkeypatch
+):
+    arguments = ["--out", tmp_path / "student", "--checkpoints", tmp_path / "run", "--updates", 2, *inputs]
+
+    def full(*given, **options):
+        raise SafetensorError('Error while serializing: IoError(Os { code: 28, message: "No space left on device" })')
+
+    with monkeypatch.context() as patched:
+        patched.setattr(diffusers.models.modeling_utils.safetensors.torch, "save_file", full)
+        first = run(*arguments)
+    assert first.exit_code == 2
+    assert f"error: {tmp_path}/student: cannot be written" in first.output
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+    second = run("--config", tmp_path / "run" / "run.yaml", "--resume")
+    assert second.exit_code == 0, second.output
+    facts = json.loads((tmp_path / "student" / "fastdistill.json").read_text())
+    assert facts["updates"] == {"student": 2, "fake_score": 4}
+    assert facts["training"]["losses"].keys() >= {"dmd", "regression", "fake_score"}
+
+
 def test_the_configuration_beside_the_checkpoints_is_the_whole_one(inputs, teacher, tmp_path):
     result = run("--out", tmp_path / "student", "--checkpoints", tmp_path / "run", "--updates", 1, "--seed", 7, *inputs)
     assert result.exit_code == 0, result.output
@@ -122,7 +223,7 @@ def test_the_student_is_stored_in_the_dtype_that_was_asked_for(dtype, inputs, tm
         (["--prompts", "missing.txt"], "prompts missing.txt: No such file"),
         (["--pairs", "missing"], "pairs missing: no such folder"),
         (["--resume"], "--resume needs --checkpoints, the folder of the run to continue"),
-        (["--resume", "--checkpoints", "missing"], "--resume: there is no checkpoint in missing"),
+        (["--resume", "--checkpoints", "missing"], "resume: there is no checkpoint in missing"),
         (["--device", "warp"], "device warp: needed cpu, cuda or cuda:N"),
         (["--device", "meta"], "device meta: needed cpu, cuda or cuda:N"),
         (["--export-dtype", "int8"], "export_dtype must be one of float16, bfloat16, float32; got 'int8'"),
@@ -188,7 +289,7 @@ def test_a_dry_run_as_json_is_json(inputs):
 def test_the_help_of_a_method_lists_every_setting_with_its_default(method):
     result = CliRunner().invoke(app, [method, "--help"], env={"COLUMNS": "200"})
     assert result.exit_code == 0, result.output
-    lines = [line.split() for line in result.output.splitlines()]
+    lines = [line.split() for line in result.output.splitlines() if not line.startswith("   ")]  # nor what is wrapped
     listed = {words[0]: words[1] for words in lines if len(words) > 2}
     for name, value, _ in described(config_class(method)()):
         assert listed[name] == value.split()[0]

@@ -34,7 +34,8 @@ def plain():
 
 
 @pytest.mark.parametrize(
-    "memory", [{"checkpointing": "blocks"}, {"checkpointing": "recompute"}, {"decode": "checkpointed"}]
+    "memory",
+    [{"checkpointing": "blocks"}, {"checkpointing": "recompute"}, {"decode": "checkpointed"}, {"decode": "sliced"}],
 )
 def test_what_is_computed_again_gives_the_same_student(plain, memory):
     found = trained(changed(CONFIG, trainer={"memory": memory}))
@@ -86,6 +87,19 @@ def test_blocks_that_are_computed_again_keep_less():
             trainer.iterate()
         peaks[checkpointing] = memory.peak
     assert peaks["blocks"] < 0.8 * peaks["none"]
+
+
+def test_a_sliced_decode_keeps_one_samples_graph_at_a_time():
+    config = changed(CONFIG, regression_weight=1.0, trainer={"batch_size": 16})
+    peaks = {}
+    for decode in ("plain", "sliced"):
+        trainer = make_trainer(changed(config, trainer={"memory": {"decode": decode}}))
+        trainer.iterate()
+        with TensorMemory() as memory:
+            trainer.iterate()
+        peaks[decode] = memory.peak
+        assert not trainer.method.roles["decoder"].is_gradient_checkpointing
+    assert peaks["sliced"] < 0.7 * peaks["plain"]
 
 
 def test_the_teacher_is_left_as_it_was():

@@ -9,7 +9,7 @@ from fastdistill.training.settings import changed
 def test_a_large_student_saves_memory_and_a_small_one_nothing():
     large, small = settled(TrainerConfig(), LARGE), settled(TrainerConfig(), LARGE - 1)
     assert (large.precision, small.precision) == ("bfloat16", "float32")
-    assert large.memory == MemoryConfig("full", "8bit", "blocks", "bfloat16", "checkpointed", "chunked", "cpu")
+    assert large.memory == MemoryConfig("full", "8bit", "blocks", "bfloat16", "sliced", "chunked", "cpu")
     assert small.memory == MemoryConfig("full", "float32", "none", "float32", "plain", "chunked", "device")
 
 
@@ -27,7 +27,7 @@ def test_what_is_said_is_kept_and_what_is_chosen_is_told():
     assert chosen(config, LARGE) == {
         "optimizer": "8bit",
         "frozen": "float32",
-        "decode": "checkpointed",
+        "decode": "sliced",
         "guidance": "chunked",
     }
     assert chosen(found, LARGE) == {}

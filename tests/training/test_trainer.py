@@ -11,6 +11,7 @@ from fastdistill.training import (
     CheckpointError,
     Diverged,
     DMDConfig,
+    GradientContractError,
     Losses,
     Method,
     PromptData,
@@ -134,6 +135,29 @@ def _tensors(tree):
             yield from _tensors(value)
 
 
+@pytest.mark.parametrize("stop", range(1, 6))
+def test_under_autocast_with_validation_and_the_best_delivered_it_resumes_to_the_bit_too(tmp_path, stop):
+    config = dataclasses.replace(CONFIG, precision="bfloat16", accumulation=2, validate_every=1, deliver="best")
+
+    def distance(student):
+        return {"distance": float((student[0].weight.sum() - 0.5).abs())}
+
+    def made(folder=None):
+        return Trainer(Pursuit(), PromptData(CONDITIONS, (2,)), config, roles, folder=folder, validate=distance)
+
+    roles = {"student": ADAM, "critic": ADAM}
+    torch.manual_seed(7)
+    whole = made().run()
+    torch.manual_seed(7)
+    made(tmp_path).run(lambda progress: progress.update == stop)
+    torch.manual_seed(99)
+    resumed = made(tmp_path)
+    assert resumed.resume() == stop
+    run = resumed.run()
+    assert same(run.student.state_dict().values(), whole.student.state_dict().values())
+    assert (run.best, run.validation, run.losses) == (whole.best, whole.validation, whole.losses)
+
+
 def test_dmd_resumes_to_the_bit(tmp_path):
     config = changed(
         DMDConfig(regression_weight=0),
@@ -158,7 +182,7 @@ def test_dmd_resumes_to_the_bit(tmp_path):
 def test_checkpoints_are_made_every_so_many_updates_and_at_the_end(tmp_path):
     config = dataclasses.replace(CONFIG, updates=7, checkpoint_every=2, keep_checkpoints=10)
     trainer(config=config, folder=tmp_path).run()
-    assert sorted(path.name for path in tmp_path.iterdir()) == [f"step-{n:08d}" for n in (4, 8, 12, 14)]
+    assert sorted(path.name for path in tmp_path.glob("step-*")) == [f"step-{n:08d}" for n in (4, 8, 12, 14)]
 
 
 def test_a_checkpoint_of_another_run_is_refused_with_the_difference(tmp_path):
@@ -173,6 +197,118 @@ def test_a_checkpoint_of_another_run_is_refused_with_the_difference(tmp_path):
     method.roles["critic"] = nn.Linear(2, 2)
     with pytest.raises(CheckpointError, match=r"method is 'pursuit' .* 'chase' here; networks\.critic\.class is"):
         trainer(method, folder=tmp_path).resume()
+
+
+def test_another_architecture_of_the_same_size_is_refused_by_the_tensors_that_differ_and_changes_nothing(tmp_path):
+    def made(*sizes):
+        method = Pursuit()
+        method.roles["critic"] = nn.Sequential(*(nn.Linear(2, 2 * size) for size in sizes), nn.Linear(2, 2))
+        method.losses = lambda role, step: Losses(
+            {role: sum(layer(step.batch["noise"]).square().mean() for layer in method.roles[role])}
+        )
+        method.roles["student"] = nn.Sequential(nn.Linear(2, 2))
+        return trainer(method, folder=tmp_path)
+
+    made(1, 2).run()
+    other = made(2, 1)
+    before = weights(other)
+    with pytest.raises(CheckpointError, match=r"critic\.0\.bias is \[2\] in the checkpoint and \[4\] here"):
+        other.resume()
+    assert same(weights(other), before)
+
+
+@pytest.mark.parametrize(
+    ("role", "settings", "every", "message"),
+    [
+        (ADAM, {"guidance": 2.0}, 2, r"settings\.guidance is 1\.0 in the checkpoint and 2\.0 here"),
+        (ADAM, {"guidance": 1.0}, 3, r"turns\.student is 2 in the checkpoint and 3 here"),
+        (dataclasses.replace(ADAM, beta1=0.5), {"guidance": 1.0}, 2, r"student\.beta1 is 0\.9 .* 0\.5 here"),
+    ],
+)
+def test_a_checkpoint_of_other_settings_is_refused_with_the_difference(tmp_path, role, settings, every, message):
+    def made(role, settings, every):
+        roles = {"student": role, "critic": ADAM}
+        return Trainer(Pursuit(every), PromptData(CONDITIONS, (2,)), CONFIG, roles, folder=tmp_path, settings=settings)
+
+    made(ADAM, {"guidance": 1.0}, 2).run()
+    slower = made(dataclasses.replace(ADAM, learning_rate=0.001), {"guidance": 1.0}, 2)
+    assert slower.resume() == 6
+    assert slower.updaters["student"].learning_rate == 0.001
+    with pytest.raises(CheckpointError, match=message):
+        made(role, settings, every).resume()
+
+
+def test_a_new_run_does_not_mix_its_checkpoints_with_those_that_are_there(tmp_path):
+    trainer(folder=tmp_path).run()
+    with pytest.raises(CheckpointError, match="holds checkpoints; needed resume, or another folder"):
+        trainer(config=dataclasses.replace(CONFIG, seed=1), folder=tmp_path).run()
+
+
+def test_two_runs_in_one_folder_at_once_are_refused_and_the_first_goes_on(tmp_path):
+    refused = []
+
+    def another(progress):
+        second = trainer(folder=tmp_path)
+        second.resume()
+        with pytest.raises(BlockingIOError, match=rf"another process \({os.getpid()}\) is at work in it"):
+            second.run()
+        refused.append(progress.update)
+
+    config = dataclasses.replace(CONFIG, checkpoint_every=1)
+    assert trainer(config=config, folder=tmp_path).run(another).ended == "finished"
+    assert len(refused) == 6
+
+
+def test_what_a_resumed_run_reports_is_what_the_uninterrupted_one_reports(tmp_path):
+    """Losses and gradient norms of roles whose last turn was before the stop, too."""
+
+    class Rare(Pursuit):
+        def __init__(self):
+            super().__init__(every=1)
+            self.turns = (Turn("student"), Turn("critic", 4))
+
+    def figures(progress):
+        reports.append((progress.update, progress.losses, progress.gradient_norms, progress.learning_rates))
+        return len(reports) == 5
+
+    config = dataclasses.replace(CONFIG, updates=7)
+    reports = []
+    trainer(Rare(), config, tmp_path / "whole").run(lambda progress: figures(progress) and False)
+    whole, reports = reports, []
+    trainer(Rare(), config, tmp_path / "stopped").run(figures)
+    resumed = trainer(Rare(), config, tmp_path / "stopped")
+    resumed.resume()
+    run = resumed.run(lambda progress: figures(progress) and False)
+    assert reports == whole
+    again = trainer(Rare(), config, tmp_path / "stopped")
+    again.resume()
+    assert again.run().losses == run.losses
+
+
+def test_the_contract_is_checked_at_a_resume_too_where_a_hinge_may_have_nothing_left_to_say(tmp_path):
+    class Hinge(Pursuit):
+        margin = 1e3  # nothing judged is as large: there is a gradient
+
+        def losses(self, role, step):
+            if role == "student":
+                return super().losses(role, step)
+            return Losses({"hinge": torch.relu(self.margin - self.roles[self.judge](step.draws.randn(2))).mean()})
+
+        judge = "critic"
+
+    trainer(Hinge(), folder=tmp_path).run(lambda progress: progress.update == 2)
+    method = Hinge()
+    method.margin = -1e3
+    with pytest.raises(GradientContractError, match="its gradient is zero"):
+        trainer(method).run()
+    resumed = trainer(method, folder=tmp_path)
+    resumed.resume()
+    assert resumed.run().updates["student"] == 6
+    method.judge = "student"
+    miswired = trainer(method, dataclasses.replace(CONFIG, updates=9), tmp_path)
+    miswired.resume()
+    with pytest.raises(GradientContractError, match="'hinge' gives no gradient to anything, 'critic' included"):
+        miswired.run()
 
 
 def test_a_longer_run_may_resume_a_shorter_one(tmp_path):
@@ -192,8 +328,63 @@ def test_a_signal_ends_the_run_after_its_update_with_a_checkpoint(tmp_path, numb
     run = trainer(folder=tmp_path).run(kill)
     assert run.ended == signal.Signals(number).name
     assert run.updates["student"] == 3
-    assert [path.name for path in tmp_path.iterdir()] == ["step-00000006"]
+    assert [path.name for path in tmp_path.glob("step-*")] == ["step-00000006"]
     assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)] == handlers
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("moment", ["begin", "loss", "validation", "save", "last save", "end of all saves"])
+def test_signals_that_come_at_any_moment_and_more_than_once_wait_for_a_checkpoint(
+    tmp_path, monkeypatch, moment, number
+):
+    config = dataclasses.replace(CONFIG, checkpoint_every=1, validate_every=3, keep_checkpoints=10)
+    whole = trainer(config=config)
+    whole.run()
+
+    def twice(*given):
+        for _ in range(3):
+            os.kill(os.getpid(), number)
+        return {"distance": 1.0}
+
+    class Begins:
+        begin = twice if moment == "begin" else None
+
+        def __call__(self, progress):
+            pass
+
+    class Interrupted(Pursuit):
+        def losses(self, role, step):
+            if moment == "loss" and len(self.seen) == 12:
+                twice()
+            return super().losses(role, step)
+
+    saves = {"save": 2, "last save": 6, "end of all saves": 7}.get(moment)
+    original, steps = os.replace, []
+
+    def replace(*given):
+        steps.append(given[1])
+        if len(steps) == saves:
+            twice()
+        original(*given)
+
+    monkeypatch.setattr(os, "replace", replace)
+    first = Trainer(
+        Interrupted(),
+        PromptData(CONDITIONS, (2,)),
+        config,
+        {"student": ADAM, "critic": ADAM},
+        folder=tmp_path,
+        validate=twice if moment == "validation" else None,
+    )
+    run = first.run(Begins())
+    monkeypatch.undo()
+    assert run.ended == ("finished" if moment == "end of all saves" else signal.Signals(number).name)
+    update = {"begin": 0, "loss": 3, "validation": 3, "save": 2}.get(moment, 6)
+    assert run.updates["student"] == update
+    resumed = trainer(config=config, folder=tmp_path)
+    assert resumed.resume() == update
+    assert resumed.run().ended == "finished"
+    assert same(weights(resumed), weights(whole))
 
 
 class Poisoned(Pursuit):
@@ -284,7 +475,7 @@ def test_the_best_or_the_last_average_is_delivered(deliver, index):
 def test_the_best_checkpoint_is_kept_beside_the_newest(tmp_path):
     config = dataclasses.replace(CONFIG, validate_every=2, checkpoint_every=1, keep_checkpoints=1)
     validated(config, tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000008", "step-00000012"]
+    assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-00000008", "step-00000012"]
 
 
 def test_the_best_average_survives_a_stop(tmp_path):

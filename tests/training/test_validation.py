@@ -123,15 +123,16 @@ def test_with_features_it_is_their_frechet_distance(teacher, folder, named):
 
 
 def test_inception_weights_give_fid_of_images_as_it_reads_them(teacher, folder, monkeypatch):
-    def statistics(batches, weights, *, batch_size, device):
+    def inception(weights, device):
         assert weights == "inception.pth"
-        gathered = FrechetStatistics()
-        for batch in batches:
-            assert 0 <= batch.min() < batch.max() <= 1
-            gathered.update(thumbnails(2 * batch - 1))
-        return gathered
 
-    monkeypatch.setattr(validation, "inception_statistics", statistics)
+        def features(images):
+            assert 0 <= images.min() < images.max() <= 1
+            return thumbnails(2 * images - 1)
+
+        return features
+
+    monkeypatch.setattr(validation, "inception_features", inception)
     config = ValidationConfig("reference", count=6, seed=1, reference=str(folder), features="inception.pth")
     figures = Validator(config, teacher, PROMPTS)(teacher.unet, OneStep())
     ours = Validator(replace(config, features=None), teacher, PROMPTS, features=thumbnails)

@@ -11,7 +11,6 @@ Every file is written aside and renamed, so it is whole or not there; a run that
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -25,6 +24,7 @@ from torch import Tensor
 from ..condition import Condition, cat
 from ..config import require
 from ..draws import Draws
+from ..files import partial, publish, write_text
 from ..pipelines import weights_digest
 from ..teacher import Teacher
 from ..world import World
@@ -253,9 +253,7 @@ def _write_index(images: Images, folder: Path, facts: dict[str, Any]) -> None:
         "first_caption": counts.cumsum(0),
     }
     folder.mkdir(parents=True, exist_ok=True)
-    scratch = folder / f".{_FACTS}.partial"
-    scratch.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    os.replace(scratch, folder / _FACTS)
+    write_text(folder / _FACTS, json.dumps(facts, indent=2) + "\n")
     _write(folder / _INDEX, index, _failures(images.failed))
 
 
@@ -336,10 +334,14 @@ def _noted(file: Any) -> list[tuple[int, str]]:
 
 
 def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    scratch = path.with_name(f".{path.name}.partial")
-    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, scratch, metadata)
-    scratch.chmod(0o644)
-    os.replace(scratch, path)
+    scratch = partial(path)
+    try:
+        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, scratch, metadata)
+        scratch.chmod(0o644)
+        publish(path)
+    except (OSError, SafetensorError) as error:
+        scratch.unlink(missing_ok=True)
+        raise OSError(f"{path}: cannot be written ({error}); what was cached before is there") from error
 
 
 def _open(path: Path) -> Any:

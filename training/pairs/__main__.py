@@ -18,11 +18,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from fastdistill import _output
 from fastdistill.models import resolve_model
 
+from .. import ray_options
+from ..cluster import ClusterError
 from ..run import chosen_device, read_prompts
 from ..solvers import SOLVERS, check_solver
 from ..teacher import Teacher
 from . import generation, inspection, verification
-from .pair_set import PairSetError, read_set
+from .pair_set import read_set
+from .ray_job import generate_on_ray
 from .source import Source
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -58,22 +61,36 @@ def generate(
         str | None,
         typer.Option(
             metavar="I/N",
-            help="Make the I-th of N parts only; processes that share a folder need not. Under torchrun: by rank.",
+            help='Make the I-th of N parts only, or "rank": torchrun\'s. Processes that share a folder need not.',
         ),
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 …")] = "cpu",
     dtype: Annotated[str, typer.Option(help=f"The teacher computes in: {', '.join(DTYPES)}.")] = "float32",
+    ray: ray_options.Ray = False,
+    ray_address: ray_options.Address = None,
+    ray_workers: ray_options.Workers = None,
+    ray_cpus: ray_options.Cpus = None,
+    ray_gpus: ray_options.Gpus = None,
+    ray_retries: ray_options.Retries = None,
 ) -> None:
-    """Make a set, or go on with one. Any number of processes may do so at once; SIGTERM ends one after its shard."""
+    """Make a set, or go on with one. Any number of processes may do so at once; SIGTERM ends one after its shard.
+
+    Under torchrun its processes share the work. With --ray the workers of a cluster do.
+    """
     with _one_line_errors():
         part = _part(shard)
+        options = {"address": ray_address, "workers": ray_workers, "cpus": ray_cpus, "gpus": ray_gpus}
+        cluster = ray_options.cluster_of(ray, device, retries=ray_retries, **options)
+        if ray and shard is not None:
+            raise ValueError(f"--shard {shard}: needed none with --ray, which shares the shards out itself")
         lines = read_prompts(prompts)
         check_solver(solver)
         _choice("--noise", noise, ("stored", "seed"))
         _choice("--dtype", dtype, DTYPES)
         _output.check_folder(out)
         resolve_model(teacher)
-        source = Source.of(Teacher(teacher, _device(device)), lines, getattr(torch, dtype))
+        # A job's own process describes the set and computes nothing.
+        source = Source.of(Teacher(teacher, "cpu" if ray else _device(device)), lines, getattr(torch, dtype))
         pair_set = source.pair_set(
             count=count,
             solver=solver,
@@ -84,13 +101,22 @@ def generate(
             noise=noise,
             text=text,
         )
-        with _reporter(quiet=part[0] > 0 and shard is None) as report:
-            result = generation.generate(source, pair_set, out, batch_size=batch_size, part=part, report=report)
+        quiet = int(os.environ.get("RANK", "0")) > 0
+        with _reporter(quiet) as report:
+            if cluster is not None:
+                del source
+                options = {"device": device, "batch_size": batch_size, "report": report}
+                result = generate_on_ray(teacher, lines, pair_set, out, cluster=cluster, **options)
+            else:
+                result = generation.generate(source, pair_set, out, batch_size=batch_size, part=part, report=report)
+    if quiet and shard is None:
+        return
     of_part = "" if part[1] == 1 else f" of part {part[0] + 1}/{part[1]}"
     if result.ended != "finished":
         _say(f"{result.ended} after {result.done} of {result.total} pairs{of_part}; the same command goes on with them")
         return
-    _say(f"{out}: {result.total} pairs{of_part}, {result.made} of them made here in {result.seconds:.0f} s")
+    again = f"; shards begun again because a worker was lost: {result.again}" if result.again else ""
+    _say(f"{out}: {result.total} pairs{of_part}, {result.made} of them made here in {result.seconds:.0f} s{again}")
 
 
 @app.command()
@@ -139,20 +165,32 @@ def verify(
 def _one_line_errors() -> Iterator[None]:
     try:
         yield
-    except (PairSetError, ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError, ClusterError, torch.OutOfMemoryError) as error:
         errors.print(
-            f"error: {' '.join(str(error).split())}", style="red", markup=False, highlight=False, soft_wrap=True
+            f"error: {' '.join(str(error).split())}",
+            style="red",
+            markup=False,
+            emoji=False,
+            highlight=False,
+            soft_wrap=True,
         )
         raise typer.Exit(2) from error
 
 
 def _part(shard: str | None) -> tuple[int, int]:
-    """(i, n) of --shard, else of torchrun's processes, else the whole."""
+    """(i, n) of --shard; without it the whole, of which processes take what no other has taken."""
     if shard is None:
-        return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        return 0, 1
+    if shard == "rank":
+        try:
+            return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        except KeyError as error:
+            raise ValueError(
+                f"--shard rank: there is no {error.args[0]}; needed a process that torchrun started"
+            ) from error
     index, _, parts = shard.partition("/")
     if not (index.isdecimal() and parts.isdecimal() and 1 <= int(index) <= int(parts)):
-        raise ValueError(f"--shard {shard}: needed I/N, for example 1/3, 2/3 and 3/3")
+        raise ValueError(f"--shard {shard}: needed I/N, for example 1/3, 2/3 and 3/3, or rank")
     return int(index) - 1, int(parts)
 
 

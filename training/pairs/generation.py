@@ -45,6 +45,7 @@ class Generated:
         done, total: pairs of the set, or of the part, that are there, and that there are to be.
         seconds: it took.
         ended: "finished", or the name of the signal that ended it.
+        again: shards that were begun more than once, because a worker was lost; of a Ray job.
     """
 
     made: int
@@ -52,6 +53,7 @@ class Generated:
     total: int
     seconds: float
     ended: str
+    again: int = 0
 
 
 @torch.no_grad()
@@ -111,7 +113,7 @@ def generate(
                 with claimed(folder, shard) as mine:
                     if mine:
                         idle, before = False, done()
-                        _make(source, pair_set, folder, shard, batch_size, lambda n, b=before: advance(b, n))
+                        make_shard(source, pair_set, folder, shard, batch_size, lambda n, b=before: advance(b, n))
                         made += len(pair_set.span(shard))
             missing = [shard for shard in missing if not shard_file(folder, shard).exists()]
             if missing and idle and not interruption.requested:
@@ -122,14 +124,18 @@ def generate(
     return Generated(made, done(), total, time.perf_counter() - start, ended or "finished")
 
 
-def _make(
+def make_shard(
     source: Source,
     pair_set: PairSet,
     folder: Path,
     shard: int,
     batch_size: int,
-    advance: Callable[[int], None],
+    advance: Callable[[int], None] | None = None,
 ) -> None:
+    """Solve the pairs of a shard and write it; whoever calls has claimed it.
+
+    advance: called after every batch with the pairs of the shard that are solved.
+    """
     span = pair_set.span(shard)
     noise, lines = pair_set.noise_of(span), pair_set.prompts_of(span)
     conditions = source.conditions(lines)
@@ -137,7 +143,8 @@ def _make(
     for first in range(0, len(span), batch_size):
         batch = slice(first, first + batch_size)
         latents.append(source.solve(pair_set, noise[batch], conditions[batch]).cpu())
-        advance(min(first + batch_size, len(span)))
+        if advance is not None:
+            advance(min(first + batch_size, len(span)))
     latent = torch.cat(latents)
     _check_finite(latent, span, pair_set)
     tensors = {"pair": torch.tensor(span), "prompt": lines, "latent": latent}

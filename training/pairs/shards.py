@@ -49,13 +49,14 @@ def write_shard(folder: Path, shard: int, tensors: dict[str, Tensor], metadata: 
     written = partial(file)
     try:
         save_file({name: t.contiguous() for name, t in tensors.items()}, written, metadata=metadata)
-    except SafetensorError as error:
-        written.unlink(missing_ok=True)
+        written.chmod(0o644)  # safetensors may leave 0600
+        record = Record(written.stat().st_size, sha256(written))
+        write_text(record_file(folder, shard), json.dumps(asdict(record)) + "\n")
+        publish(file)
+    except (OSError, SafetensorError) as error:
+        for left in (written, partial(record_file(folder, shard))):
+            left.unlink(missing_ok=True)
         raise OSError(f"{file}: cannot be written ({error}); the shards before it are there") from error
-    written.chmod(0o644)  # safetensors may leave 0600
-    record = Record(written.stat().st_size, sha256(written))
-    write_text(record_file(folder, shard), json.dumps(asdict(record)) + "\n")
-    publish(file)
 
 
 def read_record(folder: Path, shard: int) -> Record:

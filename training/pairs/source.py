@@ -103,6 +103,12 @@ class Source:
             **prompts_facts(self.prompts),
         )
 
+    def differences(self, pair_set: PairSet) -> list[str]:
+        """Names of the facts about a teacher and its text that are others than those of a set; prompts are left out."""
+        mine = {"unet_sha256": self.unet_sha256, "text_sha256": self.text_sha256}
+        mine |= {"prediction_type": self.prediction_type, **schedule_facts(self.schedule)}
+        return [name for name, value in mine.items() if getattr(pair_set, name) != value]
+
     def conditions(self, lines: Tensor) -> Condition:
         """Of lines (n,) int64, each distinct one encoded once, in the network's dtype."""
         distinct, places = lines.unique(return_inverse=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..condition import Condition
 from ..files import sha256
 from ..teacher import Teacher
-from .pair_set import FILE, PairSet, read_set, schedule_facts
+from .pair_set import FILE, PairSet, read_set
 from .shards import read_record, record_file, shard_file
 from .source import Source
 
@@ -204,9 +204,7 @@ def _pairs(span: range, where: Tensor) -> str:
 
 def _teacher_problems(folder: Path, pair_set: PairSet, teacher: Teacher, samples: int) -> list[Problem]:
     source = Source.of(teacher, (), getattr(torch, pair_set.dtype))
-    mine = {"unet_sha256": source.unet_sha256, "text_sha256": source.text_sha256}
-    mine |= {"prediction_type": source.prediction_type, **schedule_facts(source.schedule)}
-    other = [name for name, value in mine.items() if getattr(pair_set, name) != value]
+    other = source.differences(pair_set)
     if other:
         return [Problem(FILE, f"made by another teacher, {pair_set.teacher}: {', '.join(other)} differ")]
     problems = []

@@ -55,7 +55,9 @@ class Rehearsal(Trainer):
         rest = [p for network in self._others for p in network.parameters()]
         new = [p for p in rest if p.untyped_storage()._cdata not in seen]
         if new:
-            found.append(RoleMemory("pipeline", False, sum(p.numel() for p in new), _bytes(_tensors(self._others), seen)))
+            found.append(
+                RoleMemory("pipeline", False, sum(p.numel() for p in new), _bytes(_tensors(self._others), seen))
+            )
         return tuple(found)
 
     def _role(self, role: str, network: nn.Module, seen: set[int]) -> RoleMemory:
@@ -70,7 +72,9 @@ class Rehearsal(Trainer):
                 _optimizer_bytes(updater),
                 _bytes((*average.parameters(), *average.buffers())) if role == self.student else 0,
             ]
-        return RoleMemory(role, trained, sum(p.numel() for p in own), _bytes((*own, *network.buffers()), seen), *figures)
+        return RoleMemory(
+            role, trained, sum(p.numel() for p in own), _bytes((*own, *network.buffers()), seen), *figures
+        )
 
     def count_resident(self, memory: FakeMemory) -> None:
         """Let `memory` know what stays."""

@@ -58,6 +58,7 @@ class Log:
             rest = memoryview(self._waiting)
             while rest:
                 rest = rest[file.write(rest) :]
+            os.fsync(file.fileno())
         self._size += len(self._waiting)
         self._waiting = b""
 

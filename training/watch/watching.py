@@ -162,6 +162,9 @@ class Keeper:
         say: Callable[[str], None],
     ) -> None:
         self.folder, self.samples, self.facts, self.picture_every = folder, samples, facts, picture_every
+        for pattern in (".log.jsonl-*", ".report.html-*", "pictures/.*.png-*", "plots/.*.png-*"):
+            for left in folder.glob(pattern):  # by a process that was killed while it wrote
+                left.unlink(missing_ok=True)
         self.log = Log(folder / "log.jsonl")
         self.left_out: list[str] = []
         self._say = say
@@ -187,7 +190,8 @@ class Keeper:
         if self._board is not None:
             self._try("TensorBoard", lambda: self._board.write(line))
         every = self.picture_every or -(-progress.total // PICTURES_OF_A_STAGE)
-        if progress.update - self._drawn >= every or progress.update >= progress.total:
+        # On a grid, so that a run that is interrupted has the pictures of one that is not.
+        if progress.update // every > self._drawn // every or progress.update >= progress.total:
             self._draw(progress)
             self._try("plots", lambda: self._plot(DAY))
             self._write_report()

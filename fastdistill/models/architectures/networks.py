@@ -41,7 +41,7 @@ def _build(architecture: Architecture, name: str, component: Component) -> nn.Mo
         if component.library == "diffusers":
             return network.from_config(dict(component.config))
         return network(network.config_class(**component.config))
-    except (AttributeError, TypeError, ValueError, LookupError) as error:
+    except Exception as error:  # each library has its own for a setting that it does not take
         raise ModelError(f"{architecture.name}: {name} cannot be built: {one_line(error)}") from error
 
 

@@ -42,12 +42,16 @@ def score(images: torch.Tensor, labels: torch.Tensor) -> DigitScores:
         ValueError: bad shapes, labels outside 0 to 9, or fewer than two images of a digit.
         ImportError: scikit-learn is not installed.
     """
-    hits = recognise(images) == _check_labels(labels, len(images))
+    return score_pixels(to_pixels(images), labels)
+
+
+def score_pixels(pixels: np.ndarray, labels: torch.Tensor) -> DigitScores:
+    """`score` of what `to_pixels` has made of the images, be it in parts and by several processes."""
+    hits = _recognise(pixels) == _check_labels(labels, len(pixels))
     per_digit = tuple(float(hits[labels == digit].float().mean()) for digit in range(CLASSES))
-    spread = diversity(images, labels)
-    return DigitScores(
-        frechet(images), float(hits.float().mean()), float(spread.mean()), per_digit, tuple(spread.tolist())
-    )
+    spread = _diversity(pixels, labels)
+    distance = metrics.frechet_distance(pixels, _real_pixels()[0])
+    return DigitScores(distance, float(hits.float().mean()), float(spread.mean()), per_digit, tuple(spread.tolist()))
 
 
 def frechet(images: torch.Tensor) -> float:
@@ -65,16 +69,12 @@ def accuracy(images: torch.Tensor, labels: torch.Tensor) -> float:
 
 def recognise(images: torch.Tensor) -> torch.Tensor:
     """The digit `(n,)` int64 that `SVC(gamma=0.05)`, fitted once per process on the real digits, sees in each image."""
-    return torch.from_numpy(_classifier().predict(to_pixels(images))).long()
+    return _recognise(to_pixels(images))
 
 
 def diversity(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Per digit `(10,)` float64: mean pairwise distance of its images over that of the real ones (real data: 1)."""
-    counts = torch.bincount(_check_labels(labels, len(images)), minlength=CLASSES).tolist()
-    for digit, count in enumerate(counts):
-        if count < 2:
-            raise ValueError(f"labels: {count} images of digit {digit}; diversity needs at least 2 of each")
-    return metrics.diversity(to_pixels(images), labels, *_real_pixels())
+    return _diversity(to_pixels(images), labels)
 
 
 def to_pixels(images: torch.Tensor) -> np.ndarray:
@@ -87,6 +87,18 @@ def to_pixels(images: torch.Tensor) -> np.ndarray:
     if not bool(grey.isfinite().all()):
         raise ValueError("images: some values are not finite")
     return F.avg_pool2d(grey, 4).flatten(1).numpy()
+
+
+def _recognise(pixels: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(_classifier().predict(pixels)).long()
+
+
+def _diversity(pixels: np.ndarray, labels: torch.Tensor) -> torch.Tensor:
+    counts = torch.bincount(_check_labels(labels, len(pixels)), minlength=CLASSES).tolist()
+    for digit, count in enumerate(counts):
+        if count < 2:
+            raise ValueError(f"labels: {count} images of digit {digit}; diversity needs at least 2 of each")
+    return metrics.diversity(pixels, labels, *_real_pixels())
 
 
 def _check_labels(labels: torch.Tensor, count: int) -> torch.Tensor:

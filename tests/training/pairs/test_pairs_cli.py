@@ -3,8 +3,11 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
+import torch
 from fastdistill.training import load_pairs
 from fastdistill.training.pairs import generation
 from fastdistill.training.pairs.__main__ import app
@@ -14,6 +17,7 @@ from typer.testing import CliRunner
 from fastdistill.models.digits.folder import save_folder
 
 from ..toys import tiny_pipeline
+from .test_sharing import assert_same_tensors
 
 
 @pytest.fixture(scope="module")
@@ -107,8 +111,31 @@ def test_parts_by_option_and_by_torchruns_environment_make_one_set(arguments, tm
     )
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "3 pairs of part 1/2, 3 of them made here" in run("generate", "--out", out, *arguments).output
+    by_rank = run("generate", "--out", out, "--shard", "rank", *arguments)
+    assert "3 pairs of part 1/2, 3 of them made here" in by_rank.output
     assert run("verify", out).exit_code == 0
+
+
+def test_the_processes_of_torchrun_share_the_shards_and_one_of_them_reports(arguments, tmp_path):
+    asked = [str(argument) for argument in ["generate", "--out", tmp_path / "set", "--batch-size", 2, *arguments]]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*torchrun, "-m", "fastdistill.training.pairs", *asked],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stdout.splitlines()
+    assert line.startswith(f"{tmp_path / 'set'}: 5 pairs, ")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    assert run("generate", "--out", tmp_path / "alone", "--batch-size", 2, *arguments).exit_code == 0
+    torch.set_num_threads(threads)
+    assert_same_tensors(tmp_path / "set", tmp_path / "alone")
+    assert run("verify", tmp_path / "set").exit_code == 0
 
 
 @pytest.mark.parametrize(

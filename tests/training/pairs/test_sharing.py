@@ -9,7 +9,8 @@ from fastdistill.training.pairs import generate, load_pairs, verify
 from fastdistill.training.pairs.generation import Progress
 from safetensors.torch import load_file
 
-from .workers import BATCH_SIZE, CONTEXT, COUNT, described, killed_after, one_of_several
+from ..processes import CONTEXT
+from .workers import BATCH_SIZE, COUNT, described, killed_after, one_of_several
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +21,7 @@ def uninterrupted(source, tmp_path_factory):
     return folder
 
 
-def assert_same_set(folder, expected):
+def assert_same_tensors(folder, expected):
     names = sorted(path.name for path in expected.iterdir())
     assert sorted(path.name for path in folder.iterdir()) == names  # nothing is left lying about either
     for name in names:
@@ -28,6 +29,10 @@ def assert_same_set(folder, expected):
             found, wanted = load_file(folder / name), load_file(expected / name)
             assert found.keys() == wanted.keys()
             assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+
+
+def assert_same_set(folder, expected):
+    assert_same_tensors(folder, expected)
     assert verify(folder) == []
     stored = torch.cat([load_file(path)["pair"] for path in sorted(folder.glob("*.safetensors"))])
     assert stored.tolist() == list(range(COUNT))

@@ -1,6 +1,5 @@
 """Processes that make pairs: of their own, so that they can be killed as the kernel kills."""
 
-import multiprocessing
 import os
 import signal
 
@@ -10,9 +9,6 @@ from fastdistill.training.pairs import Source, generate
 
 from ..toys import tiny_pipeline
 from .conftest import PROMPTS
-
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload([f"{__package__}.preloaded"])  # what it imports is imported once
 
 COUNT, SHARD_SIZE, BATCH_SIZE = 22, 4, 2
 
