@@ -1,6 +1,6 @@
 """The memory plan of the digits runs against torch's profiler: `python -m fastdistill.bench.plan_accuracy`.
 
-The profiler sees every allocation of torch's CPU allocator, kernels' own buffers among them; the plan knows shapes alone.
+The profiler sees every allocation of torch's CPU allocator, kernels' own buffers too; the plan knows shapes alone.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _STEADY = "fastdistill steady state"
 
 @dataclass(frozen=True)
 class Compared:
-    """The highest point of an iteration in which all turns are due, in bytes of tensors, weights and states included."""
+    """The highest point of an iteration in which all turns are due: bytes of tensors, weights and states included."""
 
     method: str
     batch: int

@@ -14,6 +14,7 @@ _WHY = {
     ("checkpointing", "blocks"): "passes with a gradient keep the inputs of blocks alone",
     ("frozen", "bfloat16"): "networks that never train take 2 bytes per parameter in place of 4",
     ("frozen", "float32"): "networks compute in float32",
+    ("decode", "sliced"): "losses on pixels are taken image by image, and no two images are decoded at a time",
     ("decode", "checkpointed"): "decoder and perceptual network keep the inputs of blocks alone",
     ("guidance", "chunked"): "a guided pass takes no more than one without guidance",
     ("idle", "cpu"): "what a stage has no use for waits on the host; its embeddings and latents are computed once",
@@ -30,4 +31,4 @@ def choices(config: TrainerConfig, parameters: int) -> dict[str, tuple[str, str]
 def _reason(name: str, value: str, small: bool) -> str:
     if small and name != "guidance":
         return _SMALL
-    return _WHY[name, value]
+    return _WHY.get((name, value), "the cheapest that changes nothing")

@@ -46,8 +46,8 @@ def peak(plan: MemoryPlan) -> str:
     fits = [f"{gib} GB" for gib in CARDS if plan.fits(gib)]
     enough = f"fits on cards of {', '.join(fits)}" if fits else f"too much for a card of {max(CARDS)} GB"
     return (
-        f"Planned peak: {size(plan.peak_bytes)}, of tensors {size(plan.tensor_bytes)}, the rest context and workspaces; "
-        f"{enough}."
+        f"Planned peak: {size(plan.peak_bytes)}, of tensors {size(plan.tensor_bytes)}, the rest context and "
+        f"workspaces; {enough}."
     )
 
 

@@ -44,7 +44,7 @@ class Weightless(TorchDispatchMode):
 def converted_in_place() -> Iterator[None]:
     """Within, `Module.to` and its like set the data of parameters, fake ones too, and deep copies do not warn of them.
 
-    torch swaps those with new ones, which it refuses while anything refers to one weakly, as fake tensors' own mode does.
+    torch swaps those with new ones, which it refuses while anything refers to one weakly, as their own mode does.
     """
     before = nn.Module._apply
     nn.Module._apply = _apply

@@ -12,61 +12,21 @@ from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
 
 # As in ATen/autocast_mode.h: what runs in float32, whatever it is given …
-_FLOAT32 = [
-    "acos",
-    "asin",
-    "cosh",
-    "erfinv",
-    "exp",
-    "expm1",
-    "log",
-    "log10",
-    "log2",
-    "log1p",
-    "reciprocal",
-    "rsqrt",
-    "sinh",
-    "tan",
-    "pow",
-    "softplus",
-    "layer_norm",
-    "native_layer_norm",
-    "rms_norm",
-    "group_norm",
-    "frobenius_norm",
-    "nuclear_norm",
-    "cosine_similarity",
-    "poisson_nll_loss",
-    "cosine_embedding_loss",
-    "nll_loss",
-    "hinge_embedding_loss",
-    "kl_div",
-    "l1_loss",
-    "smooth_l1_loss",
-    "huber_loss",
-    "mse_loss",
-    "margin_ranking_loss",
-    "multilabel_margin_loss",
-    "soft_margin_loss",
-    "triplet_margin_loss",
-    "multi_margin_loss",
-    "binary_cross_entropy_with_logits",
-    "dist",
-    "pdist",
-    "cdist",
-    "renorm",
-    "logsumexp",
-    "norm",
-    "interpolate",
-    "__pow__",
-    "__rpow__",
-]
+_FLOAT32 = (
+    *("acos", "asin", "cosh", "erfinv", "exp", "expm1", "log", "log10", "log2", "log1p", "reciprocal", "rsqrt"),
+    *("sinh", "tan", "pow", "__pow__", "__rpow__", "softplus", "layer_norm", "native_layer_norm", "rms_norm"),
+    *("group_norm", "frobenius_norm", "nuclear_norm", "norm", "cosine_similarity", "poisson_nll_loss"),
+    *("cosine_embedding_loss", "nll_loss", "hinge_embedding_loss", "kl_div", "l1_loss", "smooth_l1_loss"),
+    *("huber_loss", "mse_loss", "margin_ranking_loss", "multilabel_margin_loss", "soft_margin_loss"),
+    *("triplet_margin_loss", "multi_margin_loss", "binary_cross_entropy_with_logits", "dist", "pdist", "cdist"),
+    *("renorm", "logsumexp", "interpolate"),
+)
 # … and what reads 16 bits and computes and returns float32.
-_INTO_FLOAT32 = ["prod", "softmax", "log_softmax", "cumprod", "cumsum", "sum"]
+_INTO_FLOAT32 = ("prod", "softmax", "log_softmax", "cumprod", "cumsum", "sum")
 _HALF = (torch.bfloat16, torch.float16)
 
 
-def _functions(names: list[str]) -> frozenset[Any]:
+def _functions(names: tuple[str, ...]) -> frozenset[Any]:
     homes = (torch, torch.Tensor, F, torch.special)
     return frozenset(getattr(home, name) for name in names for home in homes if hasattr(home, name))
 

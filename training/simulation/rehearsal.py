@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -42,6 +43,7 @@ class Rehearsal(Trainer):
                     p.register_post_accumulate_grad_hook(self._count_gradient)
         self._memory: FakeMemory | None = None
         self._found: dict[str, TurnMemory] = {}
+        self._largest = 0
 
     def roles(self) -> tuple[RoleMemory, ...]:
         """Every network, and what all others of the stage take together."""
@@ -85,11 +87,12 @@ class Rehearsal(Trainer):
     def turns(self, memory: FakeMemory, largest: int) -> tuple[TurnMemory, ...]:
         """Of each turn the highest, whichever others come before it in an iteration."""
         self._memory = memory
-        for iteration in self._different_iterations():
-            self.iteration = iteration
+        for _ in range(2 if largest else 1):  # once more with the highest points known, to look there
+            for iteration in self._different_iterations():
+                self.iteration = iteration
+                with memory:
+                    self.iterate()
             self._largest = largest
-            with memory:
-                self.iterate()
         return tuple(self._found.values())
 
     def _different_iterations(self) -> Iterator[int]:
@@ -105,15 +108,17 @@ class Rehearsal(Trainer):
                 yield iteration
 
     def _take(self, turn: Turn, steps: list[Step]) -> None:
-        memory = self._memory
+        memory, before = self._memory, self._found.get(turn.kind)
         memory.restart()
+        memory.look_at(before.peak_bytes if self._largest else None)
         super()._take(turn, steps)
-        gradients = memory.gradients_at_peak
-        activations = memory.peak - memory.resident - gradients
-        found = TurnMemory(turn.kind, memory.peak, gradients, activations)
-        before = self._found.get(turn.kind)
-        if before is None or found.peak_bytes > before.peak_bytes:
-            self._found[turn.kind] = found
+        if self._largest and memory.live:
+            largest = sorted(memory.live, key=lambda each: each.bytes, reverse=True)[: self._largest]
+            self._found[turn.kind] = replace(before, largest=tuple(largest))
+        elif before is None or memory.peak > before.peak_bytes:
+            gradients = memory.gradients_at_peak
+            activations = memory.peak - memory.resident - gradients
+            self._found[turn.kind] = TurnMemory(turn.kind, memory.peak, gradients, activations)
 
     def _count_gradient(self, p: Tensor) -> None:
         self._memory.add_gradient(p)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
 
 from ..memory import TensorMemory
+from ..memory_plan import LiveTensor
 
 _CPU, _META = torch.device("cpu"), torch.device("meta")
 # Of ops on shapes, whatever is planned.
@@ -35,6 +36,10 @@ class FakeMemory(TensorMemory):
         self._gradients: dict[int, int] = {}
         self._gradient_bytes = 0
         self.resident = self.gradients_at_peak = 0
+        self._look_at: int | None = None
+        self._labels: dict[int, LiveTensor] = {}
+        self._function: Any = None
+        self.live: list[LiveTensor] = []
 
     def start(self, resident: int) -> None:
         """Count from here on; what is there now is `resident` bytes, more than was added one by one."""
@@ -49,6 +54,21 @@ class FakeMemory(TensorMemory):
         super().rose(t)
         self.gradients_at_peak = self._gradient_bytes
 
+    def look_at(self, point: int | None) -> None:
+        """From here on, note in `live` which tensors there are when their bytes first reach `point`; None stops it."""
+        self._look_at, self.live = point, []
+
+    def _count(self, t: Tensor) -> None:
+        if self._look_at is not None:
+            storage = t.untyped_storage()
+            if storage._cdata not in self._known:
+                name = "resident" if self._function is None else str(self._function)
+                dtype = str(t.dtype).removeprefix("torch.")
+                self._labels[storage._cdata] = LiveTensor(storage.nbytes(), tuple(t.shape), dtype, name)
+        super()._count(t)
+        if self._look_at is not None and not self.live and self.now >= self._look_at:
+            self.live = [self._labels[key] for key in self._known if key in self._labels]
+
     def add_gradient(self, p: Tensor) -> None:
         """The parameter has a gradient now, which may be the tensor that was counted already."""
         if id(p) not in self._gradients:
@@ -62,6 +82,7 @@ class FakeMemory(TensorMemory):
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if function is _DEVICE:  # asked for by every second line of torch
             return _META if self._fake.in_kernel_invocation else _CPU
+        self._function = function
         return super().__torch_dispatch__(function, types, args, kwargs)
 
     def compute(self, function: Any, args: tuple, kwargs: dict) -> Any:
