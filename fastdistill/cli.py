@@ -1,4 +1,4 @@
-"""The command `fastdistill`: info, models, generate, demo, metrics, bench, tune, train, pairs, evaluate, ablate.
+"""The command `fastdistill`: info, models, generate, demo, metrics, bench, tune, train, plan, pairs, evaluate, ablate.
 
 The roof of the house: each command imports its room when it is called, so that `--help` needs neither torch nor
 diffusers. Whatever a user can get wrong ends in one line on stderr and exit code 2; Ctrl-C in one line and 130.
@@ -337,6 +337,52 @@ def tune(
 def train(ctx: typer.Context) -> None:
     """Distil a model into one step: `fastdistill train --help` tells how."""
     _run_module("fastdistill.training", ctx.args)
+
+
+@app.command()
+def plan(
+    method: Annotated[str, typer.Argument(metavar="METHOD", help="dmd, dmd2, add, reflow or instaflow.")],
+    arch: Annotated[
+        str, typer.Option(help="sd15, sd21, sdxl, ...: an architecture; or a pipeline folder, with or without weights.")
+    ] = "sd15",
+    batch: Annotated[int | None, typer.Option(min=1, help="Samples per device.", show_default="the method's")] = None,
+    resolution: Annotated[
+        int | None, typer.Option(min=1, help="Pixels of a side.", show_default="the architecture's")
+    ] = None,
+    roles: Annotated[str | None, typer.Option(help="full, or lora:RANK.", show_default="full")] = None,
+    optimizer: Annotated[str | None, typer.Option(help="auto, float32 or 8bit.", show_default="auto")] = None,
+    checkpointing: Annotated[
+        str | None, typer.Option(help="auto, none, recompute or blocks.", show_default="auto")
+    ] = None,
+    precision: Annotated[str | None, typer.Option(help="auto, float32 or bfloat16.", show_default="auto")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="Any other setting, as of `fastdistill train METHOD`."),
+    ] = None,
+    prompts: Annotated[int, typer.Option(min=1, help="Prompts whose embeddings the run holds.")] = 1000,
+    device: Annotated[str, typer.Option(help="That the run is for: cuda or cpu.")] = "cuda",
+    largest: Annotated[int, typer.Option(min=0, help="Name so many tensors at the highest point of each turn.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """How much memory a training run would take, by role and turn, found without a GPU and without weights."""
+    if device not in ("cuda", "cpu"):
+        raise ValueError(f"--device {device}: needed cuda or cpu")
+
+    from fastdistill.training.memory_report import render
+    from fastdistill.training.plan_command import planned_config
+    from fastdistill.training.planning import plan_memory
+
+    given = {"batch": batch, "roles": roles, "optimizer": optimizer, "checkpointing": checkpointing}
+    config = planned_config(method, settings or [], **given, precision=precision)
+    found = plan_memory(config, arch, resolution=resolution, prompts=prompts, device=device, largest=largest)
+    if as_json:
+        import json
+
+        print(json.dumps(found.to_dict(), indent=2))
+    else:
+        from rich.console import Console
+
+        Console().print(render(found), soft_wrap=True, highlight=False)
 
 
 @app.command(context_settings=_PASS_ON, add_help_option=False)

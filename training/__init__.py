@@ -17,9 +17,11 @@ from .features import FeatureNetwork, Features, build_features
 from .flow import Reflow, ReflowConfig
 from .images import ImagesConfig, open_images
 from .instaflow import FlowDistillation, InstaFlowConfig
+from .memory_plan import MemoryPlan
 from .method import Losses, Method, Step, Turn
 from .pairs import Pairs, PairSetError, load_pairs, make_pairs, pairs_for
 from .pipelines import TeacherError
+from .planning import plan_memory
 from .progress import Run, TrainingProgress
 from .recipe import MethodConfig, Setup, Stage
 from .straight_path import StraightPath, flow_straightness
@@ -51,6 +53,7 @@ __all__ = [
     "InstaFlowConfig",
     "LatentData",
     "Losses",
+    "MemoryPlan",
     "Method",
     "MethodConfig",
     "PairSetError",
@@ -83,5 +86,6 @@ __all__ = [
     "make_pairs",
     "open_images",
     "pairs_for",
+    "plan_memory",
     "world_of_environment",
 ]

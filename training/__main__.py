@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -16,12 +17,14 @@ from rich.table import Table
 from rich.text import Text
 from typer.core import TyperCommand
 
+from . import memory_report
 from .checkpoint import CheckpointError
 from .contract import GradientContractError
 from .digits import digits_scores
 from .documented import described, summary
 from .images import TooManyUnreadable
 from .interruption import sigterm_as_ctrl_c
+from .memory_plan import MemoryPlan
 from .plan import plan, render
 from .registry import METHODS, config_class
 from .run import (
@@ -231,9 +234,11 @@ def _train(run: RunConfig, resume: bool, world: World) -> None:
 
 
 def _train_and_save(run: RunConfig, resume: bool, world: World) -> None:
-    result = train(run, resume=resume, world=world)
+    memory = _Memory(world)
+    result = train(run, resume=resume, world=world, planned=memory.planned)
     if not world.is_first:
         return
+    memory.measured(chosen_device(run.device))
     if result.run.ended.startswith("SIG"):
         _say(f"{result.run.ended} after {_counts(result.run.updates)}; {_how_to_go_on(run)}")
         return
@@ -247,6 +252,23 @@ def _train_and_save(run: RunConfig, resume: bool, world: World) -> None:
                 f"{scores.accuracy:.3f}, diversity {scores.diversity:.2f} (lowest digit "
                 f"{min(scores.diversity_per_digit):.2f})"
             )
+
+
+class _Memory:
+    """What is said of memory: before the run what it will take, afterwards what it took."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.plan: MemoryPlan | None = None
+
+    def planned(self, plan: MemoryPlan) -> None:
+        self.plan = plan
+        if self.world.is_first:
+            console.print(memory_report.short(plan), soft_wrap=True, highlight=False)
+
+    def measured(self, device: torch.device) -> None:
+        peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+        _say(memory_report.measured(self.plan, peak))
 
 
 def _how_to_go_on(run: RunConfig) -> str:

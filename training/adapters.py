@@ -56,6 +56,7 @@ class SharedBase:
             r=rank, lora_alpha=rank if alpha is None else alpha, target_modules=list(target_modules)
         )
         self._names = 0
+        self._layers: list[Any] = []
         self._active: str | None = None
 
     def role(self, name: str | None) -> AdapterRole:
@@ -78,8 +79,8 @@ class SharedBase:
 
     def base_parameters(self) -> list[nn.Parameter]:
         """Those of the network itself, whatever adapters it has."""
-        own = {id(p) for layer in self._layers() for p in layer.get_base_layer().parameters()}
-        adapted = {id(p) for layer in self._layers() for p in layer.parameters()} - own
+        own = {id(p) for layer in self._layers for p in layer.get_base_layer().parameters()}
+        adapted = {id(p) for layer in self._layers for p in layer.parameters()} - own
         return [p for p in self.network.parameters() if id(p) not in adapted]
 
     def cast(self, dtype: torch.dtype) -> None:
@@ -90,6 +91,7 @@ class SharedBase:
     def remove(self) -> nn.Module:
         """The network without any adapter, as it was given. Roles of this base are of no use any more."""
         _without_adapters(self.network)
+        self._layers = []
         self.network.__dict__.pop("peft_config", None)
         return self.network
 
@@ -112,19 +114,18 @@ class SharedBase:
         if name == self._active:
             return
         # peft's set_adapter and enable_adapters also set requires_grad, which is the trainer's to say.
-        for layer in self._layers():
+        for layer in self._layers:
             layer._disable_adapters = name is None
             if name is not None:
                 layer._active_adapter = [name]
         self._active = name
 
-    def _layers(self) -> Iterator[Any]:
-        from peft.tuners.tuners_utils import BaseTunerLayer
-
-        return (layer for layer in self.network.modules() if isinstance(layer, BaseTunerLayer))
-
     def _freeze(self) -> None:
         """A new adapter comes active, and with the others set frozen: neither is peft's to say here."""
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        # Looked for once: they are switched at every pass.
+        self._layers = [layer for layer in self.network.modules() if isinstance(layer, BaseTunerLayer)]
         self._active = ""
         self._activate(None)
 

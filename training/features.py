@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -152,6 +153,18 @@ def build_features(
     return _of_transformers(vit, processor, given)
 
 
+def untrained_features(source: str | Path) -> nn.Module:
+    """What `build_features` makes of a name or a folder, with random weights: of their configuration alone, for plans.
+
+    Raises: as `build_features`.
+    """
+    given = dict.fromkeys(("layers", "size", "mean", "std"))
+    if str(source).startswith("timm:"):
+        return _of_timm(_timm_model(str(source).removeprefix("timm:"), pretrained=False), given)
+    vit, processor = _from_transformers(source, pretrained=False)
+    return _of_transformers(vit, processor, given)
+
+
 def spread(depth: int, count: int = 4) -> tuple[int, ...]:
     """The embedding and `count` blocks at equal distances, the last one included: EMBEDDING, 2, 5, 8, 11 of 12."""
     return (EMBEDDING, *sorted({max(depth * (i + 1) // count - 1, 0) for i in range(count)}))
@@ -225,7 +238,7 @@ def _of_module(module: nn.Module, given: dict[str, Any]) -> nn.Module:
     )
 
 
-def _from_transformers(source: str | Path) -> tuple[nn.Module, _Processor]:
+def _from_transformers(source: str | Path, pretrained: bool = True) -> tuple[nn.Module, _Processor]:
     from fastdistill.models import bundled_networks
     from fastdistill.models.loading import quiet_libraries
 
@@ -237,7 +250,12 @@ def _from_transformers(source: str | Path) -> tuple[nn.Module, _Processor]:
 
             config = AutoConfig.from_pretrained(place)
             # The pooler of a ViT is not read here, and most checkpoints (DINO's) hold none.
-            if config.model_type == "vit":
+            if not pretrained:
+                kinds = {"vit": partial(ViTModel, add_pooling_layer=False), "clip_vision_model": CLIPVisionModel}
+                of_clip = config.model_type == "clip"
+                config = config.vision_config if of_clip else config
+                vit = kinds.get("clip_vision_model" if of_clip else config.model_type, AutoModel.from_config)(config)
+            elif config.model_type == "vit":
                 vit = ViTModel.from_pretrained(place, add_pooling_layer=False)
             elif config.model_type in ("clip", "clip_vision_model"):
                 vit = CLIPVisionModel.from_pretrained(place)
@@ -317,7 +335,7 @@ def _needed(name: str, given: dict[str, Any], found: Statistics | None) -> Stati
 # ---- networks of timm -----------------------------------------------------------------------------------------------
 
 
-def _timm_model(name: str) -> nn.Module:
+def _timm_model(name: str, pretrained: bool = True) -> nn.Module:
     try:
         import timm
     except (ImportError, RuntimeError) as error:  # a torchvision of another torch raises the latter
@@ -325,7 +343,7 @@ def _timm_model(name: str) -> nn.Module:
             f'"timm:{name}" needs timm, which cannot be imported ({error}): pip install "fastdistill[features]"'
         ) from error
     try:
-        return timm.create_model(name, pretrained=True)
+        return timm.create_model(name, pretrained=pretrained)
     except (RuntimeError, ValueError, OSError) as error:
         raise ValueError(f"features: timm cannot make {name!r}: {error}") from error
 

@@ -35,11 +35,18 @@ class TensorMemory(TorchDispatchMode):
             self._count(t)
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        made = function(*args, **(kwargs or {}))
+        made = self.compute(function, args, kwargs or {})
+        if isinstance(made, Tensor):
+            self._count(made)
+            return made
         for leaf in tree_leaves(made):
             if isinstance(leaf, Tensor):
                 self._count(leaf)
         return made
+
+    def compute(self, function: Any, args: tuple, kwargs: dict) -> Any:
+        """What the op makes."""
+        return function(*args, **kwargs)
 
     def _count(self, t: Tensor) -> None:
         storage = t.untyped_storage()
@@ -53,4 +60,9 @@ class TensorMemory(TorchDispatchMode):
 
         self._known[key] = weakref.ref(storage, forget)
         self.now += size
-        self.peak = max(self.peak, self.now)
+        if self.now > self.peak:
+            self.rose(t)
+
+    def rose(self, t: Tensor) -> None:
+        """There is more than ever before, since `t` was made."""
+        self.peak = self.now

@@ -13,6 +13,7 @@ from .condition import Condition
 from .config import RoleConfig, TrainerConfig
 from .data import Data, LatentData
 from .method import Method
+from .pairs.memory import Pairs
 from .teacher import Teacher
 
 
@@ -25,7 +26,7 @@ class Setup:
         prompts: what the student shall be able to draw.
         conditions: the same, encoded.
         images: real samples with captions; None where the user gave none.
-        pairs: folder of pairs that were made before; None: a method that needs pairs makes them.
+        pairs: that were made before, or their folder; None: a method that needs pairs makes them.
         work: folder for what a method makes on the way, pairs for example; None keeps that in memory.
     """
 
@@ -33,7 +34,7 @@ class Setup:
     prompts: tuple[str, ...]
     conditions: Condition
     images: LatentData | Data | None = None
-    pairs: Path | None = None
+    pairs: Path | Pairs | None = None
     work: Path | None = None
 
     def needed_images(self, method: str) -> LatentData | Data:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,9 @@ from .digits import digits_card, digits_prompts
 from .distill import Callback, Distilled, check_checkpoints, distill
 from .documented import commented_yaml, shown
 from .images import ImagesConfig, open_images
+from .memory_plan import MemoryPlan
 from .pipelines import EXPORT_DTYPES, check_output_folder
+from .planning import plan_memory
 from .progress import TrainingProgress
 from .recipe import MethodConfig
 from .registry import METHODS, config_class
@@ -187,11 +189,17 @@ def open_data(run: RunConfig, teacher: Teacher, world: World | None = None) -> D
 
 
 def train(
-    run: RunConfig, *, resume: bool = False, callback: Callback | None = None, world: World | None = None
+    run: RunConfig,
+    *,
+    resume: bool = False,
+    callback: Callback | None = None,
+    world: World | None = None,
+    planned: Callable[[MemoryPlan], None] | None = None,
 ) -> Distilled:
     """Execute a run up to its student, which is not yet saved (`save_student`), and show its progress.
 
     With `run.checkpoints`, the configuration is written there as `run.yaml` when the first update is about to be made.
+    `planned` is told, before anything is made, what memory the run will take.
     All else is as in `distill`.
 
     Raises: as `check_run`, `distill`, `fastdistill.training.images.open_images` and
@@ -200,6 +208,8 @@ def train(
     prompts = check_run(run, resume=resume)
     teacher = Teacher(run.teacher, chosen_device(run.device))
     images = open_data(run, teacher, world)
+    if planned is not None:
+        planned(memory_of(run, teacher, len(prompts), images))
     validate = Validator(run.validation, teacher, prompts) if run.validation.kind != "none" else None
     with watch(
         run.watch,
@@ -225,6 +235,15 @@ def train(
             world=world,
         )
     return replace(result, facts=result.facts | {"run": _facts(run, prompts)})
+
+
+def memory_of(run: RunConfig, teacher: Teacher, prompts: int, images: Data | None) -> MemoryPlan:
+    """The memory plan of a run whose teacher and images are open.
+
+    Raises: as `plan_memory`.
+    """
+    given = run.pairs is not None
+    return plan_memory(run.method, teacher, prompts=prompts, images=images, pairs_given=given, device=teacher.device)
 
 
 class _Callbacks:

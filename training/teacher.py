@@ -128,17 +128,21 @@ class Teacher:
 
     def park(self, used: Iterable[nn.Module]) -> None:
         """Move networks of the pipeline to the host that are neither among the `used` ones nor a part of one."""
-        kept = {id(part) for network in used for part in network.modules()}
-        for part in self._networks():
-            if id(part) not in kept and not isinstance(part, AdapterRole):
-                part.to("cpu")
+        for part in self.idle(used):
+            part.to("cpu")
 
     def unpark(self) -> None:
         """All networks on the device again."""
-        for part in self._networks():
+        for part in self.networks():
             part.to(self.device)
 
-    def _networks(self) -> list[nn.Module]:
+    def idle(self, used: Iterable[nn.Module]) -> list[nn.Module]:
+        """Networks of the pipeline that are neither among the `used` ones nor a part of one."""
+        kept = {id(part) for network in used for part in network.modules()}
+        return [part for part in self.networks() if id(part) not in kept and not isinstance(part, AdapterRole)]
+
+    def networks(self) -> list[nn.Module]:
+        """Of the pipeline."""
         return [part for part in self.pipeline.components.values() if isinstance(part, nn.Module)]
 
     def facts(self) -> dict:
