@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 from fastdistill.training import plan_memory
-from fastdistill.training.memory_plan import CARDS, GIB, MemoryPlan
+from fastdistill.training.memory_plan import GIB, MemoryPlan
 from fastdistill.training.plan_command import planned_config
 
 _LPIPS = ("regression=lpips", "lpips_backbone=vgg16")
@@ -75,7 +75,7 @@ def lines(architecture: str) -> Iterator[Line]:
 def row(line: Line) -> str:
     """Of the table, in Markdown."""
     plan = line.plan()
-    card = next((f"{gib} GB" for gib in CARDS if plan.fits(gib)), "none")
+    card = next((card for card, enough in plan.cards.items() if enough), "none")
     return f"| `{line.command}` | {plan.peak_bytes / GIB:.1f} | {card} |"
 
 

@@ -9,8 +9,8 @@ GIB = 2**30
 CONTEXT_BYTES = GIB
 """What a GPU holds beside tensors: the context of CUDA and its libraries, workspaces of convolutions and products."""
 
-CARDS = (24, 48, 80, 141)
-"""GiB of usual cards."""
+CARDS = {24: 22.5, 48: 45.0, 80: 79.2, 141: 140.4}
+"""GiB that usual cards have for a program, by their GB: of those with a name the ones that show least."""
 
 
 @dataclass(frozen=True)
@@ -142,9 +142,10 @@ class MemoryPlan:
         """The stage that needs most."""
         return max(self.stages, key=lambda stage: stage.tensor_bytes)
 
-    def fits(self, gib: float) -> bool:
-        """Whether a card of so many GiB is enough."""
-        return self.peak_bytes <= gib * GIB
+    @property
+    def cards(self) -> dict[str, bool]:
+        """Which of the usual cards are enough."""
+        return {f"{gb} GB": self.peak_bytes <= gib * GIB for gb, gib in CARDS.items()}
 
     def to_dict(self) -> dict[str, Any]:
         """JSON: `peak_bytes`, `tensor_bytes`, `context_bytes`; `roles`, `turns` and `chosen` of the stage that needs
@@ -162,7 +163,7 @@ class MemoryPlan:
             "tensor_bytes": self.tensor_bytes,
             "context_bytes": self.context_bytes,
             **{name: most[name] for name in ("roles", "turns", "chosen")},
-            "cards": {f"{gib} GB": self.fits(gib) for gib in CARDS},
+            "cards": self.cards,
             "stages": stages,
         }
 

@@ -43,7 +43,7 @@ def peak(plan: MemoryPlan) -> str:
     """One line: the peak, and which cards are enough."""
     if plan.device == "cpu":
         return f"Planned peak of tensors: {size(plan.tensor_bytes)}."
-    fits = [f"{gib} GB" for gib in CARDS if plan.fits(gib)]
+    fits = [card for card, enough in plan.cards.items() if enough]
     enough = f"fits on cards of {', '.join(fits)}" if fits else f"too much for a card of {max(CARDS)} GB"
     return (
         f"Planned peak: {size(plan.peak_bytes)}, of tensors {size(plan.tensor_bytes)}, the rest context and "
