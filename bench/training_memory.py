@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 
 import torch
 from fastdistill.training import DMDConfig, Draws, PromptData, RoleConfig, Setup, Stage, Teacher, TrainerConfig
 from fastdistill.training.memory_config import MemoryConfig
+from fastdistill.training.method import Losses, Step, Turn
 from fastdistill.training.pairs import Pairs
+from fastdistill.training.simulation import fake_mode, simulate, teacher_of
+from fastdistill.training.simulation.rehearsal import Rehearsal
+from fastdistill.training.simulation.teacher import PlannedTeacher
 from torch import Tensor, nn
 
 from fastdistill.losses._vgg16 import VGG16Features
@@ -24,7 +28,7 @@ from fastdistill.models.builders import random_pipeline
 
 from . import accuracy, usage
 from .gpu import Gpu
-from .plain_training import Clock, PlainUpdate, TrainerUpdate
+from .plain_training import Clock, PlainUpdate, TrainerUpdate, reference_ops
 from .rows import Key, Row
 from .runner import Job
 from .timing import PairTimes, Speed, time_pairs
@@ -34,6 +38,7 @@ from .usage import Usage
 NAME = "training"
 BASELINE = "torch"
 LOSSES = ("dmd", "regression", "fake_score")
+PLANNED = "sd15"
 BATCH, GPU_BATCH, GPU_UPDATES = 4, 8, 5
 PROMPTS = ("a photograph of a lighthouse", "an oil painting of a fox")
 
@@ -106,6 +111,26 @@ class PlainLoop(PlainUpdate):
         stage.method.roles["lpips"].checkpoint = False
 
 
+class PlainRehearsal(Rehearsal):
+    """The plain loop on tensors without memory. It keeps no gradient of the other role, which a plain loop would."""
+
+    def __init__(self, stage: Stage, teacher: PlannedTeacher, loaded: Iterable[nn.Module]) -> None:
+        super().__init__(stage, teacher, loaded)
+        stage.method.roles["lpips"].checkpoint = False
+
+    def _parts(self, turn: Turn, step: Step) -> Iterator[Losses]:
+        with reference_ops(), torch.autocast("cpu", torch.bfloat16, enabled=self.config.precision == "bfloat16"):
+            yield self.method.losses(turn.kind, replace(step, draws=step.draws.fork(turn.kind))).whole()
+
+
+def planned(memory: MemoryConfig, loop: type[Rehearsal] = Rehearsal) -> int:
+    """Bytes of tensors of the full size on a GPU, at most: Stable Diffusion 1.5 at 512 pixels, bfloat16 passes."""
+    architecture = find_architecture(PLANNED)
+    teacher = teacher_of(architecture, fake_mode())
+    config = config_of(memory, GPU_BATCH, "bfloat16")
+    return simulate(config, teacher, architecture=PLANNED, prompts=len(PROMPTS), loop=loop).tensor_bytes
+
+
 Update = Callable[[Stage, Clock], Callable[[], object]]
 
 
@@ -128,14 +153,17 @@ def _rows(keys: dict[str, Key], device: str, pairs: int, gpu: Gpu | None) -> Ite
 
     plain = partial(stage, PLAIN)
     plain_peak = _peak(PlainLoop, plain, gpu)
+    plan_of_plain = planned(PLAIN, PlainRehearsal)
     timed = _in_turn(plain, pairs) if gpu is None else _one_by_one(plain, min(pairs, GPU_UPDATES), gpu)
     for name, key in keys.items():
         ours = partial(stage, OPTIONS[name])
         peak = _peak(TrainerUpdate, ours, gpu)
+        plan = planned(OPTIONS[name])
         losses, times = timed(ours)
         note = (
             f"{key.case}, {name}: at most {_mib(peak)} of tensors, the plain loop {_mib(plain_peak)}: "
-            f"{peak / plain_peak:.2f}x of the memory"
+            f"{peak / plain_peak:.2f}x of the memory; "
+            f"{PLANNED} x{GPU_BATCH} by the plan {_gib(plan)} of {_gib(plan_of_plain)}: {plan / plan_of_plain:.2f}x"
         )
         yield Row(key, BASELINE, Speed.of(times), losses, usage=Usage(peak), note=note)
 
@@ -220,6 +248,10 @@ def _in_float64(stage: Stage) -> Stage:
 
 def _tensors(network: nn.Module) -> list[Tensor]:
     return [*network.parameters(), *network.buffers()]
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:,.1f} GiB"
 
 
 def _mib(count: int) -> str:

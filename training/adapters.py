@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -84,9 +84,15 @@ class SharedBase:
         return [p for p in self.network.parameters() if id(p) not in adapted]
 
     def cast(self, dtype: torch.dtype) -> None:
-        """The network's own weights to a dtype, in place; adapters stay float32."""
+        """The network's own weights to a dtype, in place; adapters stay float32, and it computes under autocast."""
         for p in self.base_parameters():
             p.data = p.data.to(dtype)
+
+    def autocast(self) -> AbstractContextManager:
+        """What a pass needs whose base and adapters differ in dtype, where the caller did not see to it."""
+        p = next(self.network.parameters())
+        mixed = p.dtype in (torch.bfloat16, torch.float16) and not torch.is_autocast_enabled(p.device.type)
+        return torch.autocast(p.device.type, p.dtype) if mixed else nullcontext()
 
     def remove(self) -> nn.Module:
         """The network without any adapter, as it was given. Roles of this base are of no use any more."""
@@ -160,7 +166,7 @@ class AdapterRole(nn.Module):
         self.adapter.requires_grad_(name is not None)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        with self._base.active(self._name):
+        with self._base.active(self._name), self._base.autocast():
             return self._base.network(*args, **kwargs)
 
     @property

@@ -8,6 +8,7 @@ from typing import Any
 from .memory_config import MemoryConfig
 
 PRECISIONS = ("auto", "float32", "bfloat16")
+SHARDINGS = ("none", "full")
 DELIVERED = ("last", "best")
 DECAY_SHAPES = ("linear", "cosine")
 
@@ -24,6 +25,9 @@ class TrainerConfig:
         precision: "float32", or "bfloat16" for networks under autocast; weights that train, optimisers and losses stay
             float32. "auto" is settled as in `memory`.
         memory: what is given for less of it.
+        sharding: under torchrun: "none", every process holds the whole networks (DDP); "full", networks that train,
+            their optimiser states and averages, and teachers are split over the processes (FSDP2). One process holds
+            everything, whatever is said here.
         seed: of everything random. The same seed gives the same bytes on the same machine and number of threads.
         report_every: student updates between two calls of the callback.
         checkpoint_every: student updates between two checkpoints; 0 for one at the end alone.
@@ -42,6 +46,7 @@ class TrainerConfig:
     ema_decay: float = 0.98
     precision: str = "auto"
     memory: MemoryConfig = MemoryConfig()
+    sharding: str = "none"
     seed: int = 0
     report_every: int = 10
     checkpoint_every: int = 0
@@ -58,6 +63,12 @@ class TrainerConfig:
             require(name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
         require("ema_decay", self.ema_decay, 0 <= self.ema_decay < 1, "in [0, 1)")
         require("precision", self.precision, self.precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}")
+        require("sharding", self.sharding, self.sharding in SHARDINGS, f"one of {', '.join(SHARDINGS)}")
+        if self.sharding == "full" and self.memory.rank is not None:
+            raise ValueError(
+                "sharding full splits networks that train as a whole; adapters of one base (memory.roles "
+                f"{self.memory.roles}) stay whole in every process: needed sharding none"
+            )
         require("deliver", self.deliver, self.deliver in DELIVERED, f"one of {', '.join(DELIVERED)}")
 
 

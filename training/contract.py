@@ -12,13 +12,19 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from fastdistill.optim.shards import local
+
 
 class GradientContractError(RuntimeError):
     """A loss gives its own role no gradient, or another role one."""
 
 
 def check_gradient_contract(
-    roles: Mapping[str, nn.Module], losses: Mapping[str, tuple[str, Callable[[], Tensor]]], *, flat: bool = False
+    roles: Mapping[str, nn.Module],
+    losses: Mapping[str, tuple[str, Callable[[], Tensor]]],
+    *,
+    flat: bool = False,
+    anywhere: Callable[[bool], bool] = bool,
 ) -> None:
     """Run each loss alone and see whom it would move.
 
@@ -26,6 +32,7 @@ def check_gradient_contract(
         roles: name to network.
         losses: name to (the role that this loss trains, a function that computes it, a scalar).
         flat: a gradient of zero is no violation: of roles that have trained, a hinge may have nothing left to say.
+        anywhere: whether any process of the run finds so (`World.any`): each has samples of its own.
 
     Raises:
         GradientContractError: naming loss and role, where the own role's gradient is missing, zero or not finite, or
@@ -47,9 +54,10 @@ def check_gradient_contract(
                     f"loss {loss_name!r} must train {owner!r} alone, but {len(gradients)} parameters of {role!r} "
                     "received a gradient: run it under no_grad or detach what it is given"
                 )
-            if role == owner and not flat and not any(bool(g.any()) for g in gradients):
+            parts = [local(g) for g in gradients]
+            if role == owner and not flat and not anywhere(any(bool(part.any()) for part in parts)):
                 raise GradientContractError(f"loss {loss_name!r} must train {owner!r}, but its gradient is zero")
-            if role == owner and not all(bool(g.isfinite().all()) for g in gradients):
+            if role == owner and anywhere(not all(bool(part.isfinite().all()) for part in parts)):
                 raise GradientContractError(f"loss {loss_name!r}: the gradient of {owner!r} is not finite")
     _clear(roles)
 
@@ -61,18 +69,19 @@ def nudged(network: nn.Module, relative: float = 1e-2, seed: int = 0):
     A fake score that starts as a copy of the teacher gives a DMD gradient of exactly zero, which a contract check
     could not tell from a missing one.
     """
-    kept = [p.detach().clone() for p in network.parameters()]
+    parts = [local(p) for p in network.parameters()]
+    kept = [part.clone() for part in parts]
     generator = torch.Generator().manual_seed(seed)
     try:
         with torch.no_grad():
-            for p in network.parameters():
+            for p in parts:
                 mean = p.abs().mean()
                 scale = torch.where(mean == 0, 1.0, mean + 1e-3)  # the second factor of an adapter starts at zero
                 p += relative * scale * torch.randn(p.shape, generator=generator).to(p)
         yield
     finally:
         with torch.no_grad():
-            for p, value in zip(network.parameters(), kept, strict=True):
+            for p, value in zip(parts, kept, strict=True):
                 p.copy_(value)
 
 

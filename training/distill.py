@@ -127,6 +127,7 @@ def distill(
     setup = Setup(
         teacher, prompts, teacher.encode(prompts), images, None if pairs is None else Path(pairs), work=checkpoints
     )
+    of_teacher = teacher.facts()  # of its weights as they are now: a run may round or shard them
     with teacher.shared(config.trainer.memory.rank):
         stage, run = _run_stages(config, setup, callback, checkpoints, resume, validate, world)
         run = replace(run, student=plain(run.student))
@@ -140,7 +141,7 @@ def distill(
         "sampling": stage.method.sampling(),
         "prediction_type": stage.method.facts().get("prediction_type", teacher.prediction_type),
         "zero_terminal_snr": bool(teacher.schedule.alpha[-1] == 0),
-        "teacher": teacher.facts(),
+        "teacher": of_teacher,
         "prompts": len(prompts),
         "updates": run.updates,
         "training": {"seconds": round(run.seconds, 1), "losses": run.losses, "validation": run.validation},

@@ -24,6 +24,9 @@ class FakeScore(nn.Module):
         ValueError: a network without a mid block.
     """
 
+    forward_methods = ("predict_with_logits", "logits")
+    """Passes beside `forward`, before which a sharded network gathers its parameters (`training/sharding.py`)."""
+
     def __init__(self, network: nn.Module, head: nn.Module) -> None:
         super().__init__()
         if getattr(network, "mid_block", None) is None:

@@ -28,7 +28,8 @@ class TrainingProgress:
             and None before the first.
         best: the update after which the first figure was lowest, None before the first validation.
         peak_bytes: the most memory that tensors had on the device so far; None on a CPU, which does not count it.
-        student: the network that would be delivered now, in evaluation mode. Look, but do not change it.
+        student: the network that would be delivered now, in evaluation mode. Look, but do not change it. One that is
+            sharded is whole for as long as the callback runs, so that one process can call it alone.
         method: that is running, to ask how its student is sampled.
     """
 

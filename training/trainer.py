@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ from .interruption import Interruption
 from .memory_config import settled
 from .method import Losses, Method, Step, Turn
 from .progress import Run, TrainingProgress, Validation
+from .sharding import gathered, shard, shard_roles
 from .updates import EMA, RoleUpdater, warm_up_then_decay
 from .world import World
 
@@ -50,6 +52,8 @@ class Trainer:
         stage: what the run is called in reports; the method's name unless given.
         settings: what else a checkpoint must agree with, JSON: the method's own settings.
         world: the processes that share every batch; this one alone unless given. The first one writes and validates.
+            With `config.sharding` "full" they share the networks too, which stay so: what is delivered is whole, in
+            every process.
 
     An iteration is one pass over the turns: a role whose turn is due is updated once, on `accumulation` micro-batches
     that all due roles of the iteration share.
@@ -83,6 +87,11 @@ class Trainer:
         # The average is a plain copy: it is delivered.
         self.average = EMA(method.roles[self.student], config.ema_decay)
         economize(method, config.memory, trained)
+        self._networks = {role: _architecture(method.roles[role]) for role in trained}
+        self._sharded = shard_roles(
+            method.roles, trained, self.world, sharding=config.sharding, precision=config.precision
+        )
+        self._sharded_average = shard(self.average.network, self.world) if self._sharded else None
         self.updaters = {role: self._updater(role, roles[role]) for role in trained}
         self.iteration = 0
         self.samples = 0
@@ -111,7 +120,9 @@ class Trainer:
                 improved = self._is_due(self.config.validate_every, at_the_end=True) and self._validate()
                 if self._is_due(self.config.report_every, at_the_end=True):
                     self._stop_if_diverged()
-                    if self.world.any(callback is not None and bool(callback(self.progress()))):
+                    with self._average_gathered():
+                        wanted = callback is not None and bool(callback(self.progress()))
+                    if self.world.any(wanted):
                         ended = "callback"
                         break
                 if improved or self._is_due(self.config.checkpoint_every):
@@ -124,7 +135,8 @@ class Trainer:
         self._tell(callback, "end")
         found = self.validation
         losses = self._read_losses()
-        return Run(self.average.network, self._updates(), self.seconds, losses, ended, found.figures, found.best)
+        student = self.average.network if self._sharded_average is None else self._sharded_average.whole()
+        return Run(student, self._updates(), self.seconds, losses, ended, found.figures, found.best)
 
     @property
     def _is_finished(self) -> bool:
@@ -144,8 +156,14 @@ class Trainer:
 
     def _tell(self, callback: object, moment: str) -> None:
         told = getattr(callback, moment, None)
-        if told is not None:
-            told(self.progress())
+        frozen = {role: each for role, each in self._sharded.items() if role not in self.updaters}
+        with self._average_gathered(), gathered(frozen.values()):
+            if told is not None:
+                told(self.progress())
+
+    def _average_gathered(self) -> AbstractContextManager:
+        """Within, the first process alone can call the average."""
+        return nullcontext() if self._sharded_average is None else self._sharded_average.gathered()
 
     def iterate(self) -> None:
         """One iteration: every turn that is due, on the same micro-batches."""
@@ -154,6 +172,8 @@ class Trainer:
         steps = [self._step(index) for index in range(self.config.accumulation)]
         for turn in due:
             self._take(turn, steps)
+        for network in self._sharded.values():
+            network.end_iteration()
         self.samples += self._batch * self.config.accumulation
         self.iteration += 1
         self.seconds += time.perf_counter() - start
@@ -183,13 +203,13 @@ class Trainer:
     def save(self) -> Path | None:
         """Write a checkpoint of the run as it stands. Resuming it continues as if nothing had happened.
 
-        None where there is no folder, and in all processes but the first, which wait until it is written.
+        None where there is no folder. All processes call this, and leave it when it is written.
         """
         path = None
-        if self.folder is not None and self.world.is_first:
+        if self.folder is not None:
             keep, best = self.config.keep_checkpoints, self.validation.best_iteration
-            path = checkpoint.save(self.folder, self.iteration, self.state(), keep=keep, best=best)
-        self.world.wait()
+            state, world = self.state(), self.world
+            path = checkpoint.save(self.folder, self.iteration, state, keep=keep, best=best, world=world)
         return path
 
     def resume(self) -> int | None:
@@ -199,7 +219,9 @@ class Trainer:
             CheckpointError: every checkpoint is damaged, or the newest is of another method, network or configuration;
                 what differs is listed.
         """
-        found = None if self.folder is None else checkpoint.load_newest(self.folder)
+        found = None
+        if self.folder is not None:
+            found = checkpoint.load_newest(self.folder, like=self._like(), world=self.world)
         if found is None:
             return None
         self.load_state(found[1])
@@ -212,7 +234,7 @@ class Trainer:
             "counters": {"iteration": self.iteration, "samples": self.samples, "seconds": self.seconds},
             "random": checkpoint.random_state(),
             "average": self.average.network.state_dict(),
-            "validation": asdict(self.validation),
+            "validation": dict(vars(self.validation)),
             "losses": dict(self.losses),
         }
         for role, updater in self.updaters.items():
@@ -220,9 +242,19 @@ class Trainer:
             state[f"{role}.optimizer"] = updater.state_dict()
         return state
 
+    def _like(self) -> dict[str, Any]:
+        """Of the form of `state`, to tell how its tensors are sharded."""
+        average = self.average.network.state_dict()
+        like: dict[str, Any] = {"average": average, "validation": {"average": average}}
+        for role, updater in self.updaters.items():
+            like[role] = self.method.roles[role].state_dict()
+            like[f"{role}.optimizer"] = updater.like()
+        return like
+
     def load_state(self, state: dict[str, Any]) -> None:
         """Raises CheckpointError, before anything is changed, if the state is another run's."""
         different = _differences(state["identity"], self._identity())
+        different = [_how_to_fit(each, self.config, self.world) for each in different]
         for role in self.updaters:
             found = _shapes(state.get(role, {})), _shapes(self.method.roles[role].state_dict())
             different += _differences(*found, f"{role}.")
@@ -278,16 +310,19 @@ class Trainer:
         """Whether the averaged student is the best so far."""
         if self.validate is None:
             return False
-        if self.world.is_first:
-            with torch.random.fork_rng(), torch.no_grad():
-                figures = {name: float(value) for name, value in self.validate(self.average.network).items()}
-            self.validation.add(
-                self.updaters[self.student].attempts,
-                self.iteration,
-                figures,
-                self.average.network if self.config.deliver == "best" else None,
-            )
-        return self.world.any(self.validation.best_iteration == self.iteration)
+        figures: dict[str, float] = {}
+        with self._average_gathered():
+            if self.world.is_first:
+                with torch.random.fork_rng(), torch.no_grad():
+                    figures = {name: float(value) for name, value in self.validate(self.average.network).items()}
+            figures = self.world.gather(figures)[0]
+        self.validation.add(
+            self.updaters[self.student].attempts,
+            self.iteration,
+            figures,
+            self.average.network if self.config.deliver == "best" else None,
+        )
+        return self.validation.best_iteration == self.iteration
 
     def _step(self, index: int) -> Step:
         draws = self._draws(self.iteration, index, batch_size=self.config.batch_size)
@@ -316,17 +351,20 @@ class Trainer:
         step = Step(self.data.batch(0, draws.fork("data")), draws)
         with torch.random.fork_rng(), _untouched_buffers(self.method), self.method.probing():
             for turn in self.method.turns:
-                check_gradient_contract(self.method.roles, self._terms(turn, step), flat=self.iteration > 0)
+                # Around the backward pass too, which may compute blocks again.
+                with only(turn.role, self.method):
+                    check_gradient_contract(
+                        self.method.roles, self._terms(turn, step), flat=self.iteration > 0, anywhere=self.world.any
+                    )
 
     def _terms(self, turn: Turn, step: Step) -> dict[str, tuple[str, Callable[[], Tensor]]]:
         def compute(wanted: str | None = None) -> dict[str, Tensor]:
             terms: dict[str, Tensor] = {}
-            with only(turn.role, self.method):
-                # With an empty memo: what an earlier turn left there would hide how the sample is made.
-                for losses in self._parts(turn, replace(step, memo={})):
-                    if wanted in losses.terms:
-                        return losses.terms
-                    terms |= losses.terms
+            # With an empty memo: what an earlier turn left there would hide how the sample is made.
+            for losses in self._parts(turn, replace(step, memo={})):
+                if wanted in losses.terms:
+                    return losses.terms
+                terms |= losses.terms
             return terms
 
         def one(name: str) -> Callable[[], Tensor]:
@@ -362,17 +400,17 @@ class Trainer:
 
     def _identity(self) -> dict[str, Any]:
         """What a checkpoint must agree with."""
-        config = _without(asdict(self.config), _FREE)
+        config = _without(asdict(self.config), (*_FREE, *_OF_PROCESSES))
         # The rest of it changes where numbers are kept, and nothing but their rounding.
         config["memory"] = {name: config["memory"][name] for name in ("roles", "optimizer")}
-        networks = {role: _architecture(self.method.roles[role]) for role in self.updaters}
         return {
             "method": self.method.name,
             "facts": self.method.facts(),
             "turns": {turn.kind: turn.every for turn in self.method.turns},
             "config": config,
+            _SAMPLES: self.config.batch_size * self.config.accumulation * self.world.size,
             "settings": _without(self.settings, _FREE_OF_A_ROLE),
-            "networks": networks,
+            "networks": self._networks,
         }
 
 
@@ -380,6 +418,9 @@ class Trainer:
 _FREE = ("updates", "report_every", "checkpoint_every", "keep_checkpoints", "most_skipped", "explosion")
 _FREE += ("validate_every", "deliver")
 _FREE_OF_A_ROLE = ("learning_rate",)
+# Of a number of processes: what must agree is the batch over all of them and their micro-batches.
+_OF_PROCESSES = ("batch_size", "accumulation", "sharding")
+_SAMPLES = "samples per update"
 SHOWN = 5
 """Differences that the refusal of a checkpoint lists."""
 
@@ -445,3 +486,14 @@ def _differences(theirs: dict, ours: dict, place: str = "") -> list[str]:
         elif a != b:
             found.append(f"{name} is {a!r} in the checkpoint and {b!r} here")
     return found
+
+
+def _how_to_fit(difference: str, config: TrainerConfig, world: World) -> str:
+    """With what it takes, where the difference is one of processes."""
+    match = re.fullmatch(rf"{_SAMPLES} is (\d+) in the checkpoint and (\d+) here", difference)
+    if match is None:
+        return difference
+    each, rest = divmod(int(match[1]), world.size * config.accumulation)
+    here = f"processes {world.size} x batch_size {config.batch_size} x accumulation {config.accumulation}"
+    needed = f"batch_size {each}" if rest == 0 else f"a number of processes x accumulation that divides {match[1]}"
+    return f"{difference} ({here}): needed {needed}"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdistill.optim import FusedAdamW
+from fastdistill.optim.shards import is_sharded, local
 
 from .guard import LossGuard
 from .world import World
@@ -85,10 +86,9 @@ class RoleUpdater:
         """
         gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         if loss is not None and gradients:
-            # On the device, and before the exchange: what one process refuses, all leave out.
-            refused = torch.where(self.guard.accepts(loss), 0.0, math.nan)
-            gradients[0].add_(refused.to(gradients[0].dtype))
-        self.world.average(gradients)
+            self._refuse_explosion(loss.detach().clone(), gradients)
+        # FSDP has averaged those of sharded parameters in the backward pass.
+        self.world.average(g for g in gradients if not is_sharded(g))
         for group in self.optimizer.param_groups:
             group["lr"] = self.current_learning_rate
         if self.average is not None:
@@ -99,6 +99,21 @@ class RoleUpdater:
         self.attempts += 1
         if self.average is not None:
             self.average.copy_buffers(self.network, where=self.optimizer.skipped == skipped)
+
+    def _refuse_explosion(self, loss: Tensor, gradients: list[Tensor]) -> None:
+        """On the device: a gradient that is not finite is left out by all processes."""
+        self.world.average([loss])  # all judge the loss of the whole batch, as one process would
+        refused = torch.where(self.guard.accepts(loss), 0.0, math.nan)
+        for part in map(local, gradients):
+            if part.numel() > 0:  # a process may hold nothing of a small parameter
+                part.add_(refused.to(part.dtype))
+                break
+
+    def like(self) -> dict[str, Any]:
+        """Of the form of `state_dict`, to tell how its tensors are sharded."""
+        trained = (p for group in self.optimizer.param_groups for p in group["params"])
+        keys = ("exp_avg", "exp_avg_sq", "master")
+        return {"adamw": {"state": {index: dict.fromkeys(keys, p) for index, p in enumerate(trained)}}}
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -10,8 +10,9 @@ import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fastdistill.ops import _dispatch, adamw
-from fastdistill.ops.gradient_norm import gradient_norm, is_dense, walk_alike
+from fastdistill.ops.gradient_norm import is_dense, walk_alike
 from fastdistill.optim import states
+from fastdistill.optim.shards import alike, is_sharded, local, whole_gradient_norm
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -57,9 +58,13 @@ class FusedAdamW(torch.optim.Optimizer):
     any.
 
     With a GradScaler, `scaler.step(optimizer)` alone; no `scaler.unscale_` is needed for clipping. Parameters that
-    something else has changed (a checkpoint loaded into a 16-bit model) need `refresh_masters()`. Sharded parameters
-    (DTensor) are refused; under schemes that shard plain tensors the norm, and the decision to skip, would be each
-    rank's own.
+    something else has changed (a checkpoint loaded into a 16-bit model) need `refresh_masters()`.
+
+    Sharded parameters (DTensor, of FSDP2's `fully_shard`): each process steps its own part; norm, clipping and the
+    decision to skip are of the whole, by one exchange of a number in `step`, which all processes call. Averages are
+    sharded as their parameters. 8-bit moments have blocks within a process's part, and are float32 in `state_dict`, so
+    that any number of processes can load it. Under schemes that shard plain tensors the norm, and the decision to skip,
+    would be each rank's own.
 
     Raises:
         ValueError, TypeError: bad input, naming the argument, here and in `step`, before anything is changed.
@@ -142,14 +147,13 @@ class FusedAdamW(torch.optim.Optimizer):
                 loss = closure()
         self._check_numbers()
         work = [(self._factors(group), batch) for group in self.param_groups for batch in self._batches(group)]
-        grads = [g for _, batch in work for g in batch.grads]
-        if not grads:
+        if not work:
             self._average_idle(None)
             return loss
-        _check_devices(grads)
+        _check_devices([g for _, batch in work for g in batch.grads])
         chosen = [_dispatch.select(adamw.OP, self.backend, batch) for _, batch in work]
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        norm = gradient_norm(grads, backend=self.backend)
+        norm = whole_gradient_norm(self._gradients(), self.backend)
         self.grad_norm = norm if grad_scale is None else norm / grad_scale
         skipped = self.skipped = self.skipped.to(norm.device)
         for (factors, batch), backend in zip(work, chosen):
@@ -165,6 +169,17 @@ class FusedAdamW(torch.optim.Optimizer):
             skipped = None  # counted once
         self._average_idle(found_inf)
         return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """As of every optimiser; 8-bit moments of sharded parameters in float32."""
+        state_dict = super().state_dict()
+        everything = (p for group in self.param_groups for p in group["params"])
+        saved = {
+            key: states.of_all_processes(p, state_dict["state"][key])
+            for key, p in enumerate(everything)
+            if key in state_dict["state"]
+        }
+        return {**state_dict, "state": state_dict["state"] | saved}
 
     def refresh_masters(self) -> None:
         """Copy the parameters into their master copies, after something else has changed them."""
@@ -228,21 +243,25 @@ class FusedAdamW(torch.optim.Optimizer):
             maximize=group["maximize"],
         )
 
+    def _gradients(self) -> list[torch.Tensor]:
+        return [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+
     def _batches(self, group: dict[str, Any]) -> Iterable[adamw.Batch]:
-        """The parameters of a group that have a gradient, in batches that are treated alike."""
+        """The parameters of a group that have a gradient, in batches that are treated alike: this process's parts."""
         batches: dict[tuple, adamw.Batch] = {}
         for i, p in enumerate(group["params"]):
             grad = p.grad
             if grad is None:
                 continue
             _check_grad(p, grad, i)
-            state = self.state[p]
-            if not state:
-                state.update(states.new_state(p, self.state_bits))
+            if not self.state[p]:
+                self.state[p].update(states.new_state(p, self.state_bits))
+            ema = None if self._ema is None else local(self._ema[p])
+            state = {key: local(value) for key, value in self.state[p].items()}
+            p, grad = local(p), local(grad)
             dense = is_dense(p)
             if dense and not walk_alike(p, grad):
                 grad = torch.empty_like(p).copy_(grad)
-            ema = None if self._ema is None else self._ema[p]
             codes = "exp_avg_codes" in state
             in_step = dense and (ema is None or walk_alike(p, ema))
             batch = batches.setdefault((p.device, p.dtype, codes, in_step), adamw.Batch())
@@ -269,7 +288,8 @@ class FusedAdamW(torch.optim.Optimizer):
             taken = self.grad_norm.isfinite()
             weight = (taken if found_inf is None else taken & (found_inf == 0)) * weight
         for p, ema in idle:
-            ema.add_((self.state.get(p, {}).get("master", p) - ema) * weight)
+            value, ema = local(self.state.get(p, {}).get("master", p)), local(ema)
+            ema.add_((value - ema) * weight)
 
 
 class _Saved:
@@ -298,6 +318,8 @@ def _pair_up(params: list[torch.Tensor], ema: Iterable[torch.Tensor]) -> dict[to
     for i, (p, average) in enumerate(zip(params, ema)):
         if not isinstance(average, torch.Tensor):
             raise TypeError(f"ema[{i}]: expected a tensor, got {type(average).__name__}")
+        if not alike(average, p):
+            raise ValueError(f"ema[{i}]: is {_sharding(average)}, its parameter {_sharding(p)}")
         if average.shape != p.shape:
             raise ValueError(f"ema[{i}]: shape {tuple(average.shape)}, its parameter has {tuple(p.shape)}")
         if average.device != p.device:
@@ -308,9 +330,13 @@ def _pair_up(params: list[torch.Tensor], ema: Iterable[torch.Tensor]) -> dict[to
                 f"ema[{i}]: {average.dtype} of a parameter in {p.dtype}, needs {wide}: with a decay near 1 an average "
                 "of fewer bits does not move"
             )
-        if average is p or (_place(average) == _place(p) and p.numel()):
+        if average is p or (_place(local(average)) == _place(local(p)) and local(p).numel()):
             raise ValueError(f"ema[{i}]: is its parameter's own memory, needs a copy")
     return dict(zip(params, ema))
+
+
+def _sharding(t: torch.Tensor) -> str:
+    return f"sharded as {t.placements} over {t.device_mesh.size()} processes" if is_sharded(t) else "whole"
 
 
 def _place(t: torch.Tensor) -> tuple[int, int]:
@@ -337,18 +363,20 @@ def _check_group(group: dict[str, Any]) -> None:
 
 
 def _check_param(p: torch.Tensor, name: str) -> None:
-    if is_traceable_wrapper_subclass(p):
+    if is_traceable_wrapper_subclass(local(p)):
         raise TypeError(
-            f"{name}: a {type(p).__name__} has no single memory to sweep over; use torch.optim.AdamW(fused=True) and "
-            "torch.nn.utils.clip_grad_norm_"
+            f"{name}: a {type(local(p)).__name__} has no single memory to sweep over; use "
+            "torch.optim.AdamW(fused=True) and torch.nn.utils.clip_grad_norm_"
         )
     if p.dtype not in DTYPES:
         raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {p.dtype}")
 
 
 def _check_grad(p: torch.Tensor, grad: torch.Tensor, i: int) -> None:
-    if is_traceable_wrapper_subclass(p):
+    if is_traceable_wrapper_subclass(local(p)):
         _check_param(p, f"params[{i}]")
+    if not alike(grad, p):
+        raise TypeError(f"gradient of params[{i}]: is {_sharding(grad)}, its parameter {_sharding(p)}")
     if grad.layout != torch.strided:
         raise TypeError(f"gradient of params[{i}]: expected a dense tensor, got layout {grad.layout}")
     if grad.dtype != p.dtype:

@@ -2,7 +2,8 @@
 
 Keys of a parameter's state: `step` () float32 and, in its order of memory, `exp_avg` and `exp_avg_sq` (AdamW's);
 `master` where the parameter has 16 bits; with moments of 8 bits `exp_avg_codes`, `exp_avg_sq_codes` (uint8) and
-`moment_scales` (2, blocks) in place of the two.
+`moment_scales` (2, blocks) in place of the two. Of a sharded parameter all but `step` are this process's part: sharded
+as the parameter is, but the 8-bit ones, whose blocks are of this part alone, plain.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 
 from fastdistill.ops import eight_bit
 from fastdistill.ops.gradient_norm import is_dense, walk_alike
+from fastdistill.optim.shards import as_sharded, is_sharded, local
 
 SMALLEST_IN_EIGHT_BITS = 4096  # elements; smaller tensors keep float32: they are many, and together little
 _CODES = ("exp_avg_codes", "exp_avg_sq_codes")
@@ -29,15 +31,16 @@ def has_master(param: torch.Tensor) -> bool:
 
 
 def in_eight_bits(param: torch.Tensor, state_bits: int) -> bool:
-    large = param.numel() >= SMALLEST_IN_EIGHT_BITS
-    return state_bits == 8 and large and param.dtype != torch.float64 and is_dense(param)
+    part = local(param)
+    large = part.numel() >= SMALLEST_IN_EIGHT_BITS
+    return state_bits == 8 and large and param.dtype != torch.float64 and is_dense(part)
 
 
 def new_state(param: torch.Tensor, state_bits: int) -> dict[str, torch.Tensor]:
     """Of a parameter that has not been stepped."""
     state = {"step": torch.zeros((), dtype=torch.float32, device=param.device)}
     if in_eight_bits(param, state_bits):
-        codes = eight_bit.zeros(param)
+        codes = eight_bit.zeros(local(param))
         state |= dict(zip((*_CODES, "moment_scales"), codes))
     else:
         state |= {key: torch.zeros_like(param, dtype=wide_dtype(param)) for key in _MOMENTS}
@@ -66,10 +69,10 @@ def adopt(param: torch.Tensor, saved: Mapping[str, Any], state_bits: int) -> dic
     exp_avg, exp_avg_sq = (_like(param, moments[key]) for key in _MOMENTS)
     if not in_eight_bits(param, state_bits):
         state |= {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
-    elif _CODES[0] in saved and all(walk_alike(saved[key], param) for key in _CODES):
+    elif _CODES[0] in saved and not is_sharded(param) and all(walk_alike(saved[key], param) for key in _CODES):
         state |= {key: saved[key].to(param.device, copy=True) for key in (*_CODES, "moment_scales")}
     else:
-        first, second = (eight_bit.encode(t, step, second=t is exp_avg_sq) for t in (exp_avg, exp_avg_sq))
+        first, second = (eight_bit.encode(local(t), step, second=t is exp_avg_sq) for t in (exp_avg, exp_avg_sq))
         scales = torch.stack([first[1], second[1]])
         state |= dict(zip((*_CODES, "moment_scales"), (first[0], second[0], scales)))
     if has_master(param):
@@ -87,5 +90,22 @@ def moments_of(state: Mapping[str, Any]) -> dict[str, Any]:
     return moments
 
 
+def of_all_processes(param: torch.Tensor, state: Mapping[str, Any]) -> dict[str, Any]:
+    """A state whose tensors are sharded as `param` is, so that any number of processes can load it."""
+    if not is_sharded(param) or _CODES[0] not in state:
+        return dict(state)
+    kept = {key: value for key, value in state.items() if key not in (*_CODES, "moment_scales")}
+    return kept | {key: _of_part(param, value) for key, value in moments_of(state).items() if key in _MOMENTS}
+
+
+def _of_part(param: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
+    """A sharded tensor of which `part` is this process's."""
+    whole = torch.empty_like(param, dtype=part.dtype, requires_grad=False)
+    local(whole).copy_(part)
+    return whole
+
+
 def _like(param: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    return torch.empty_like(param, dtype=wide_dtype(param)).copy_(value)
+    result = torch.empty_like(param, dtype=wide_dtype(param), requires_grad=False)
+    local(result).copy_(local(as_sharded(value, param)))
+    return result

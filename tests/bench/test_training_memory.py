@@ -32,6 +32,7 @@ def test_every_set_of_options_computes_the_losses_of_the_plain_loop(name, teache
 
 def test_a_row_says_both_peaks_and_ours_is_lower(monkeypatch):
     monkeypatch.setattr(training_memory, "BATCH", 1)
+    monkeypatch.setattr(training_memory, "PLANNED", "sd15-tiny")
     monkeypatch.setattr(training_memory, "small", lambda: training_memory.find_architecture("sd15-tiny"))
     monkeypatch.setattr(training_memory, "OPTIONS", {"blocks, 8-bit moments": list(OPTIONS.values())[-1]})
     (job,) = training_memory.jobs("cpu", 1)

@@ -5,10 +5,11 @@ import matplotlib.backends.backend_agg
 import matplotlib.figure
 import torch
 
+from . import sharded_runs
 from .pairs import workers
 from .toys import tiny_pipeline
 
 torch.set_num_threads(1)  # threads do not outlive the fork
 tiny_pipeline()
 
-__all__ = ["fastdistill", "matplotlib", "workers"]
+__all__ = ["fastdistill", "matplotlib", "sharded_runs", "workers"]

@@ -4,7 +4,10 @@ import pytest
 import torch
 from fastdistill.training import GradientContractError, check_gradient_contract
 from fastdistill.training.contract import nudged
+from fastdistill.training.world import World
 from torch import nn
+
+from .sharded_runs import trainer
 
 
 @pytest.fixture
@@ -72,3 +75,11 @@ def test_nudging_changes_every_parameter_and_restores_it_exactly(roles):
     with nudged(network):
         assert all(not torch.equal(p, value) for p, value in zip(network.parameters(), before))
     assert all(torch.equal(p, value) for p, value in zip(network.parameters(), before))
+
+
+def test_blocks_that_are_computed_again_in_the_backward_pass_find_the_other_roles_frozen_still():
+    made = trainer(World(), memory={"checkpointing": "blocks"})  # its GAN term passes through the fake score's blocks
+    made._check_contract()
+    networks = made.method.roles.values()
+    assert not any(p.grad is not None for network in networks for p in network.parameters())
+    assert all(p.requires_grad for p in made.method.fake_score.parameters())

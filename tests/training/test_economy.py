@@ -164,6 +164,18 @@ def test_adapters_on_a_base_in_bfloat16_train_in_float32():
     assert all(p.isfinite().all() for p in student.values())
 
 
+def test_a_flow_of_adapters_on_a_base_in_bfloat16_makes_the_next_stages_pairs():
+    from fastdistill.training import InstaFlowConfig
+
+    config = changed(
+        InstaFlowConfig(),
+        trainer={"updates": 1, "batch_size": 2, "precision": "bfloat16"}
+        | {"memory": {"frozen": "bfloat16", "roles": "lora:2"}},
+        reflow={"pairs": 2, "pair_steps": 1, "straightness_samples": 2, "trainer": {"updates": 1, "batch_size": 2}},
+    )
+    assert all(p.isfinite().all() for p in trained(config).values())
+
+
 def test_restored_networks_compute_as_before():
     trainer = make_trainer(changed(CONFIG, trainer={"memory": {"checkpointing": "blocks", "decode": "tiled"}}))
     unet, vae = trainer.method.student, trainer.method.roles["decoder"]

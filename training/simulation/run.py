@@ -40,6 +40,7 @@ def simulate(
     held: Sequence[Tensor] = (),
     device: str = "cuda",
     largest: int = 0,
+    loop: type[Rehearsal] = Rehearsal,
 ) -> MemoryPlan:
     """The plan of a run.
 
@@ -52,6 +53,7 @@ def simulate(
         held: tensors that real samples take on the device.
         device: "cuda" or "cpu", which the plan is for.
         largest: how many of the largest tensors are named at the highest point of each turn.
+        loop: that takes the turns; another than the trainer's to compare with.
     """
     with (
         Weightless(teacher.fake),
@@ -62,14 +64,20 @@ def simulate(
         rehearsed, loaded = with_networks(_rehearsed(config), teacher.fake)
         pairs = _unread_pairs(teacher) if pairs_given else None
         setup = Setup(teacher, ("",) * prompts, teacher.encode([""] * prompts), images, pairs)
-        stages = tuple(_stages(rehearsed, setup, loaded, held, _scale(config, rehearsed), largest))
+        stages = tuple(_stages(rehearsed, setup, loaded, held, _scale(config, rehearsed), largest, loop))
     height, width = (side * teacher.pipeline.vae_scale_factor for side in teacher.sample_shape[1:])
     size, accumulation = config.trainer.batch_size, config.trainer.accumulation
     return MemoryPlan(config.method, architecture, device, size, accumulation, (height, width), stages)
 
 
 def _stages(
-    config: MethodConfig, setup: Setup, loaded: list[nn.Module], held: Sequence[Tensor], scale: float, largest: int
+    config: MethodConfig,
+    setup: Setup,
+    loaded: list[nn.Module],
+    held: Sequence[Tensor],
+    scale: float,
+    largest: int,
+    loop: type[Rehearsal],
 ) -> Iterator[StageMemory]:
     """What every stage takes.
 
@@ -85,7 +93,7 @@ def _stages(
         try:
             with memory:
                 stage: Stage = next(stages) if student is None else stages.send(student)
-                trainer = Rehearsal(stage, teacher, loaded)
+                trainer = loop(stage, teacher, loaded)
         except StopIteration:
             return
         prepared = TurnMemory("preparation", memory.peak, 0, memory.peak - before)
