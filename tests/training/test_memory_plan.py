@@ -16,7 +16,7 @@ from fastdistill.cli import app
 
 from .toys import tiny_pipeline
 
-ARCH = "sd15-tiny"
+ARCH = "digits-teacher"
 PLAIN = {"precision": "float32", "optimizer": "float32", "checkpointing": "none"}
 
 
@@ -53,7 +53,7 @@ def test_full_rank_roles_take_what_is_counted_by_hand(plain):
 def test_moments_of_eight_bits_take_two_bytes_for_eight(plain):
     eight = planned(**(PLAIN | {"optimizer": "8bit"}))
     ratio = roles(eight)["student"].optimizer_bytes / roles(plain)["student"].optimizer_bytes
-    assert 2 / 8 < ratio < 2.4 / 8
+    assert 2.03 / 8 < ratio < 2.4 / 8  # tensors below 4096 elements keep all of it
 
 
 def test_adapters_share_one_base_which_is_counted_once(plain):
