@@ -261,12 +261,20 @@ class _Memory:
         self.world = world
         self.plan: MemoryPlan | None = None
 
-    def planned(self, plan: MemoryPlan) -> None:
+    def planned(self, plan: MemoryPlan | None, why_not: str) -> None:
         self.plan = plan
-        if self.world.is_first:
-            console.print(memory_report.short(plan), soft_wrap=True, highlight=False)
+        if not self.world.is_first:
+            return
+        if plan is None:
+            _say(f"No memory plan: {' '.join(why_not.split())}")
+            return
+        console.print(memory_report.short(plan), soft_wrap=True, highlight=False)
+        if self.world.size > 1:
+            _say(f"It is of one process that holds everything whole; {self.world.size} share the run.")
 
     def measured(self, device: torch.device) -> None:
+        if self.plan is None:
+            return
         peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
         _say(memory_report.measured(self.plan, peak))
 

@@ -200,8 +200,10 @@ def _run_stages(
             setup.teacher.unpark()
         if run.ended != "finished":
             return stage, run
+        # What prepared for the next stage shall not take memory beside it.
+        last = stage if stage.is_last else None
+        del trainer, stage
         try:
-            network = run.student
-            stage = stages.send(network)
+            stage = stages.send(run.student)
         except StopIteration:
-            return stage, run
+            return last, run

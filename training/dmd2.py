@@ -142,6 +142,7 @@ class DMD2Config:
             warm_up = Regression(student, teacher.schedule, teacher.prediction_type, self.student_timestep, distance)
             trainer = replace(self.trainer, updates=self.warm_up_updates)
             student = yield Stage("dmd2-warm-up", warm_up, paired, trainer, {"student": self.student}, is_last=False)
+            del warm_up  # its student, of which the average goes on
         method = DMD2(
             teacher.unet,
             teacher.schedule,

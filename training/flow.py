@@ -141,6 +141,7 @@ def rectify(config: ReflowConfig, setup: Setup, *, delivers: bool) -> Generator[
         data = PromptData(setup.conditions, teacher.sample_shape, flow_pairs(flow, config, setup, number))
         is_last = delivers and number == config.rectifications
         network = yield Stage(f"reflow-{number}", method, data, config.trainer, role_configs(config), is_last)
+        del method  # its student, of which the average goes on
         flow = Flow(network, path, config.flow_guidance_scale, unconditional, flow.measured)
         _measure(flow, config, setup)
     return flow

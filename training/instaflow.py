@@ -80,6 +80,7 @@ class InstaFlowConfig:
             network, flow.path, decode=decode, frozen=frozen, by_sample=sliced, measured=flow.measured
         )
         network = yield Stage("distillation", method, data, self.trainer, role_configs(self), lpips is None)
+        del method  # its student, of which the average goes on
         if lpips is not None:
             method = FlowDistillation(
                 network,

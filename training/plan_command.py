@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from .recipe import MethodConfig
 from .registry import config_class
-from .settings import SettingsError, changed, from_dict, from_settings
+from .settings import SettingsError, changed, from_dict, from_settings, leaves
 
 _OPTIONS = {
     "batch": "trainer.batch_size",
@@ -30,7 +30,9 @@ def planned_config(method: str, settings: Sequence[str] = (), **options: object)
     given = [("--set ", from_settings(settings))] if settings else []
     for option, value in options.items():
         if value is not None:
-            given.append((f"--{option} {value}: ", from_settings([f"{_OPTIONS[option]}={value}"])))
+            # Of every stage: reflow within InstaFlow has a trainer of its own.
+            names = [name for name, *_ in leaves(config) if f".{name}".endswith(f".{_OPTIONS[option]}")]
+            given.append((f"--{option} {value}: ", from_settings([f"{name}={value}" for name in names])))
     for source, values in given:
         try:
             config = from_dict(type(config), values, config)

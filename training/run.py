@@ -194,12 +194,12 @@ def train(
     resume: bool = False,
     callback: Callback | None = None,
     world: World | None = None,
-    planned: Callable[[MemoryPlan], None] | None = None,
+    planned: Callable[[MemoryPlan | None, str], None] | None = None,
 ) -> Distilled:
     """Execute a run up to its student, which is not yet saved (`save_student`), and show its progress.
 
     With `run.checkpoints`, the configuration is written there as `run.yaml` when the first update is about to be made.
-    `planned` is told, before anything is made, what memory the run will take.
+    `planned` is told, before anything is made, what memory the run will take; or None and why that is not known.
     All else is as in `distill`.
 
     Raises: as `check_run`, `distill`, `fastdistill.training.images.open_images` and
@@ -209,7 +209,10 @@ def train(
     teacher = Teacher(run.teacher, chosen_device(run.device))
     images = open_data(run, teacher, world)
     if planned is not None:
-        planned(memory_of(run, teacher, len(prompts), images))
+        try:
+            planned(memory_of(run, teacher, len(prompts), images), "")
+        except (ValueError, RuntimeError) as error:  # fake tensors know not everything that real ones do
+            planned(None, str(error))
     validate = Validator(run.validation, teacher, prompts) if run.validation.kind != "none" else None
     with watch(
         run.watch,
