@@ -129,7 +129,9 @@ def distill(
     )
     of_teacher = teacher.facts()  # of its weights as they are now: a run may round or shard them
     with teacher.shared(config.trainer.memory.rank):
-        stage, run = _run_stages(config, setup, callback, checkpoints, resume, validate, world)
+        stage, run = _run_stages(
+            config, setup, of_teacher["unet_sha256"], callback, checkpoints, resume, validate, world
+        )
         run = replace(run, student=plain(run.student))
     scheduler = stage.method.scheduler(teacher.pipeline.scheduler)
     facts = {
@@ -163,21 +165,24 @@ def check_checkpoints(folder: Path | None, resume: bool) -> None:
 def _run_stages(
     config: MethodConfig,
     setup: Setup,
+    before: str,
     callback: Callback | None,
     checkpoints: Path | None,
     resume: bool,
     validate: Validate | None,
     world: World | None,
 ) -> tuple[Stage, Run]:
-    """The last stage that was run, and what became of it. A signal, or the callback, ends the run within a stage."""
+    """The last stage that was run, and what became of it. A signal, or the callback, ends the run within a stage.
+
+    before: digest of the weights that the first stage starts from, the teacher's.
+    """
     stages = config.stages(setup)
     stage = next(stages)
     settings = settings_of(config) | {"prompts": sha256("\n".join(setup.prompts).encode()).hexdigest()}
-    network = setup.teacher.unet
+    settings["teacher"] = before
     while True:
         folder = None if checkpoints is None else checkpoints / stage.name
-        if folder is not None:
-            settings["weights before"] = weights_digest(network)
+        settings["weights before"] = before
         trainer = Trainer(
             stage.method,
             stage.data,
@@ -203,6 +208,7 @@ def _run_stages(
         # What prepared for the next stage shall not take memory beside it.
         last = stage if stage.is_last else None
         del trainer, stage
+        before = "" if checkpoints is None else weights_digest(run.student)
         try:
             stage = stages.send(run.student)
         except StopIteration:
