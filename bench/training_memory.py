@@ -49,7 +49,6 @@ _SLICED = replace(PLAIN, decode="sliced")
 OPTIONS: dict[str, MemoryConfig] = {
     "no option": PLAIN,
     "8-bit moments": replace(PLAIN, optimizer="8bit"),
-    "checkpointed decode": replace(PLAIN, decode="checkpointed"),
     "sliced decode": _SLICED,
     "sliced decode, 8-bit moments": replace(_SLICED, optimizer="8bit"),
     "sliced decode, recompute, 8-bit moments": replace(_SLICED, checkpointing="recompute", optimizer="8bit"),

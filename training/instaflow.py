@@ -75,7 +75,7 @@ class InstaFlowConfig:
         network = stacked(flow.network) if self.network == "stacked" else flow.network
         frozen = {"decoder": setup.teacher.pipeline.vae} if self.space == "pixel" else {}
         decode = setup.teacher.decode if self.space == "pixel" else None
-        sliced = settled(self.trainer, size_of(network)).memory.decode == "sliced"
+        sliced = settled(self.trainer, size_of(network)).memory.decode != "plain"
         method = FlowDistillation(
             network, flow.path, decode=decode, frozen=frozen, by_sample=sliced, measured=flow.measured
         )

@@ -15,7 +15,10 @@ _WHY = {
     ("frozen", "bfloat16"): "networks that never train take 2 bytes per parameter in place of 4",
     ("frozen", "float32"): "networks compute in float32",
     ("decode", "sliced"): "losses on pixels are taken image by image, and no two images are decoded at a time",
-    ("decode", "checkpointed"): "decoder and perceptual network keep the inputs of blocks alone",
+    (
+        "decode",
+        "checkpointed",
+    ): "losses on pixels are taken image by image, and their decoder keeps inputs of blocks",
     ("guidance", "chunked"): "a guided pass takes no more than one without guidance",
     ("idle", "cpu"): "what a stage has no use for waits on the host; its embeddings and latents are computed once",
 }

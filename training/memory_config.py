@@ -22,6 +22,9 @@ _KNOWN = {
 LARGE = 100_000_000
 """Parameters from which on "auto" saves memory. Below, a network and its optimiser take less than 2 GiB."""
 
+HUGE = 2_000_000_000
+"""Parameters from which on a student is taken to draw 1024 pixels, as SDXL, where one picture's decoder is large."""
+
 
 @dataclass(frozen=True)
 class MemoryConfig:
@@ -40,8 +43,8 @@ class MemoryConfig:
         frozen: dtype that networks which never train are held in. "bfloat16" needs `precision` bfloat16. Their own
             weights are rounded, in place.
         decode: of the VAE decoder in losses on pixels: "plain"; "sliced", one sample's loss and gradient after the
-            other's, where the loss allows it, else as the next; "checkpointed", block by block; "tiled", also tile by
-            tile (diffusers' tiling, which blends overlapping tiles and changes the image a little).
+            other's, where the loss allows it, else as the next; "checkpointed", also block by block; "tiled", also tile
+            by tile (diffusers' tiling, which blends overlapping tiles and changes the image a little).
         guidance: the teacher's guided passes "chunked", one after the other, or "batched", both at once.
         idle: where networks of the teacher's pipeline wait that a stage has no use for, such as text encoders, whose
             embeddings are computed once: on the "device" or the "cpu". For a picture or a validation they come back.
@@ -82,7 +85,7 @@ def settled(config: TrainerConfig, parameters: int) -> TrainerConfig:
         optimizer=_or(memory.optimizer, "8bit" if large and memory.rank is None else "float32"),
         checkpointing=_or(memory.checkpointing, "blocks" if large else "none"),
         frozen=_or(memory.frozen, "bfloat16" if large and precision == "bfloat16" else "float32"),
-        decode=_or(memory.decode, "sliced" if large else "plain"),
+        decode=_or(memory.decode, ("checkpointed" if parameters >= HUGE else "sliced") if large else "plain"),
         guidance=_or(memory.guidance, "chunked"),
         idle=_or(memory.idle, "cpu" if large else "device"),
     )

@@ -48,7 +48,7 @@ def regression_distance(config: RegressionConfig, teacher: Teacher) -> Distance:
     """
     if config.regression == "l2":
         return F.mse_loss
-    by_sample = settled(config.trainer, size_of(teacher.unet)).memory.decode == "sliced"
+    by_sample = settled(config.trainer, size_of(teacher.unet)).memory.decode != "plain"
     networks = {"decoder": teacher.pipeline.vae}
     if config.regression == "pixel_l2":
         return ImageDistance(teacher.decode, F.mse_loss, networks, by_sample)

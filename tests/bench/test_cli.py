@@ -183,8 +183,8 @@ def test_a_dry_run_lists_the_rows_of_a_gpu_without_one():
     lines = result.stdout.splitlines()
     assert lines[0] == "group_norm_silu forward bfloat16 channels_last cold cuda 1280x8x8"
     assert "engine cached prompt float32 - - fastdistill digits-dmd" in lines
-    # Two providers, three caches, two dtypes; group_norm_silu in two layouts; two rows of the engine, 18 of training.
-    assert lines[-1] == f"{2 * 3 * 2 * (2 + 1) + 2 + 18} rows"
+    # Two providers, three caches, two dtypes; group_norm_silu in two layouts; two rows of the engine, 17 of training.
+    assert lines[-1] == f"{2 * 3 * 2 * (2 + 1) + 2 + 17} rows"
 
 
 def test_an_op_without_the_shape_is_left_out_where_another_has_it():

@@ -157,6 +157,15 @@ def test_frozen_networks_in_bfloat16_train_a_student_in_float32():
     assert all(value.isfinite() for value in trainer.losses.values())
 
 
+def test_a_checkpointed_decode_computes_the_same_again_under_autocast():
+    memory = {"decode": "checkpointed"}
+    trainer = make_trainer(changed(CONFIG, trainer={"precision": "bfloat16", "memory": memory}))
+    assert trainer.method.decodes_by_sample
+    assert trainer.method.roles["decoder"].is_gradient_checkpointing
+    trainer.iterate()
+    assert all(value.isfinite() for value in trainer.losses.values())
+
+
 def test_adapters_on_a_base_in_bfloat16_train_in_float32():
     config = changed(CONFIG, trainer={"precision": "bfloat16", "memory": {"frozen": "bfloat16", "roles": "lora:2"}})
     student = trained(config)

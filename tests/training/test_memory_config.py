@@ -2,7 +2,7 @@
 
 import pytest
 from fastdistill.training.config import TrainerConfig
-from fastdistill.training.memory_config import LARGE, MemoryConfig, chosen, settled
+from fastdistill.training.memory_config import HUGE, LARGE, MemoryConfig, chosen, settled
 from fastdistill.training.settings import changed
 
 
@@ -11,6 +11,11 @@ def test_a_large_student_saves_memory_and_a_small_one_nothing():
     assert (large.precision, small.precision) == ("bfloat16", "float32")
     assert large.memory == MemoryConfig("full", "8bit", "blocks", "bfloat16", "sliced", "chunked", "cpu")
     assert small.memory == MemoryConfig("full", "float32", "none", "float32", "plain", "chunked", "device")
+
+
+def test_a_student_of_sdxls_size_decodes_block_by_block():
+    assert settled(TrainerConfig(), HUGE).memory.decode == "checkpointed"
+    assert settled(TrainerConfig(), HUGE - 1).memory.decode == "sliced"
 
 
 def test_adapters_keep_float32_moments_unless_asked():
