@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 LAYERS = (
     *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
@@ -221,8 +221,3 @@ def _without_adapters(network: nn.Module, merge: str | None = None) -> None:
 def plain(network: nn.Module) -> nn.Module:
     """A network that stands alone: a role's adapters merged into a copy of their base; any other as it is."""
     return network.merged() if isinstance(network, AdapterRole) else network
-
-
-def adapter_state(role: AdapterRole) -> dict[str, Tensor]:
-    """The adapter under diffusers' and peft's names, as `save_lora_weights` writes it."""
-    return {key.replace("/", "."): p.detach() for key, p in role.adapter.items()}
